@@ -1,0 +1,221 @@
+"""Layouts: which global positions each rank of a ring holds. Positions of a rank are always ascending.
+
+That one rule makes the visible keys of a row an interval of local indices on every shard pair (`local_range`), for
+every mask and every layout; no code anywhere else knows about particular layouts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from longctx.errors import PlanError, did_you_mean
+from longctx.masks import AttentionMask, Causal, KeyRange
+
+
+class SequenceLayout(ABC):
+    """An assignment of the positions 0..seq_len-1 to `world` ranks in equal shares, ascending on each rank."""
+
+    name: str
+
+    @abstractmethod
+    def multiple(self, world: int) -> int:
+        """`seq_len` must be a multiple of this."""
+
+    @abstractmethod
+    def _positions(self, rank: int, world: int, seq_len: int) -> torch.Tensor: ...
+
+    def positions(self, rank: int, world: int, seq_len: int) -> torch.Tensor:
+        """Global positions that `rank` holds: int64 [seq_len / world], strictly ascending.
+
+        Raises:
+            PlanError: `seq_len` cannot be cut so; names the nearest lengths that can.
+        """
+        self.check(world, seq_len)
+        if not 0 <= rank < world:
+            raise PlanError(f"rank {rank} is not one of the {world} ranks of this layout")
+        return self._positions(rank, world, seq_len)
+
+    def check(self, world: int, seq_len: int) -> None:
+        """Raise PlanError if `seq_len` cannot be cut for `world` ranks."""
+        multiple = self.multiple(world)
+        if seq_len < 1 or seq_len % multiple:
+            raise PlanError(
+                f"seq_len = {seq_len:_} is not a multiple of {multiple} ({self.name} over {world} ranks)\n"
+                f"       nearest: {nearest_lengths(seq_len, multiple)}"
+            )
+
+    def shard(self, x: torch.Tensor, rank: int, world: int, dim: int = 1) -> torch.Tensor:
+        """The part of the whole-sequence tensor `x` that `rank` holds; `dim` is the sequence dim."""
+        return x.index_select(dim, self.positions(rank, world, x.shape[dim]).to(x.device))
+
+    def unshard(self, shards: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
+        """The whole-sequence tensor from every rank's shard, in rank order: the inverse of `shard`."""
+        joined = torch.cat(list(shards), dim)
+        world, seq_len = len(shards), joined.shape[dim]
+        order = torch.cat([self.positions(r, world, seq_len) for r in range(world)])
+        return joined.index_select(dim, order.argsort().to(joined.device))
+
+    def local_range(self, mask: AttentionMask, q_rank: int, k_rank: int, world: int, seq_len: int) -> KeyRange:
+        """What the queries on `q_rank` see of the keys on `k_rank`, in local indices. Exact for every mask."""
+        lo, hi = self.local_bounds(mask, q_rank, k_rank, world, seq_len)
+        return KeyRange.of(lo, hi, seq_len // world)
+
+    def local_bounds(
+        self, mask: AttentionMask, q_rank: int, k_rank: int, world: int, seq_len: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`local_range` as tensors: int64 [s] or [b, s]. Empty rows have lo == hi."""
+        lo, hi = mask.key_range(self.positions(q_rank, world, seq_len), seq_len)
+        k_pos = self.positions(k_rank, world, seq_len)
+        return torch.searchsorted(k_pos, lo.contiguous()), torch.searchsorted(k_pos, hi.contiguous())
+
+    def balance(self, mask: AttentionMask, world: int, seq_len: int) -> torch.Tensor:
+        """Work of each rank at each ring distance: int64 [world, world], visible pairs; `[r, i]` is rank r with the
+        keys of rank (r - i) % world. Its sum is `mask.area(seq_len)`."""
+        work = torch.zeros(world, world, dtype=torch.int64)
+        for rank in range(world):
+            for distance in range(world):
+                lo, hi = self.local_bounds(mask, rank, (rank - distance) % world, world, seq_len)
+                work[rank, distance] = (hi - lo).sum()
+        return work
+
+
+@dataclass(frozen=True)
+class Contiguous(SequenceLayout):
+    """Rank r holds the r-th piece. Simple, and unbalanced under a causal mask.
+
+    0 0 0 0 1 1 1 1
+    """
+
+    name = "contiguous"
+
+    def multiple(self, world: int) -> int:
+        return world
+
+    def _positions(self, rank: int, world: int, seq_len: int) -> torch.Tensor:
+        share = seq_len // world
+        return torch.arange(rank * share, (rank + 1) * share)
+
+
+@dataclass(frozen=True)
+class ZigZag(SequenceLayout):
+    """2 * world chunks; rank r holds chunks r and 2 * world - 1 - r. Equal causal work on every rank and hop.
+
+    0 0 1 1 1 1 0 0
+
+    Source: the balanced layout of zigzag ring attention (ring-flash-attention; Llama 3, arXiv 2407.21783, section 3.3.2).
+    """
+
+    name = "zigzag"
+
+    def multiple(self, world: int) -> int:
+        return 2 * world if world > 1 else 1
+
+    def _positions(self, rank: int, world: int, seq_len: int) -> torch.Tensor:
+        if world == 1:
+            return torch.arange(seq_len)
+        chunk = seq_len // (2 * world)
+        late = 2 * world - 1 - rank
+        return torch.cat(
+            [torch.arange(rank * chunk, (rank + 1) * chunk), torch.arange(late * chunk, (late + 1) * chunk)]
+        )
+
+
+@dataclass(frozen=True)
+class Striped(SequenceLayout):
+    """Blocks of `block` tokens dealt out in turn. Balanced for any mask that changes slowly along the sequence.
+
+    0 1 0 1 0 1 0 1      block 1
+
+    Source: Brandon et al. 2023 (arXiv 2311.09431).
+    """
+
+    block: int = 1
+    name = "striped"
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise PlanError(f"Striped(block={self.block}): a block holds at least 1 token")
+
+    def multiple(self, world: int) -> int:
+        return world * self.block if world > 1 else 1
+
+    def _positions(self, rank: int, world: int, seq_len: int) -> torch.Tensor:
+        if world == 1:
+            return torch.arange(seq_len)
+        return torch.arange(seq_len).view(-1, world, self.block)[:, rank].reshape(-1)
+
+
+LAYOUTS: dict[str, SequenceLayout] = {x.name: x for x in (Contiguous(), ZigZag(), Striped())}
+
+
+def get_layout(name: str) -> SequenceLayout:
+    """The layout of that name.
+
+    Raises:
+        PlanError: unknown name; names the nearest.
+    """
+    if name not in LAYOUTS:
+        raise PlanError(f"unknown layout {name!r}: {did_you_mean(name, LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def nearest_lengths(seq_len: int, multiple: int) -> str:
+    """The lengths next to `seq_len` that `multiple` divides, as text."""
+    below = seq_len // multiple * multiple
+    return f"{below:_} or {below + multiple:_}" if below else f"{multiple:_}"
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceMeta:
+    """Where the tokens of a shard stand in the whole sequence, and who sees whom. Passed down through the model.
+
+    Args:
+        seq_len: global length S.
+        mask: on global positions.
+        layout: how S is cut over the ring.
+        ring_rank, ring_world: this shard's place.
+        positions: int64 [s], the global positions of the local tokens, ascending.
+
+    Make one with `SequenceMeta.of`.
+    """
+
+    seq_len: int
+    mask: AttentionMask
+    layout: SequenceLayout
+    ring_rank: int
+    ring_world: int
+    positions: torch.Tensor
+
+    @staticmethod
+    def of(
+        seq_len: int,
+        *,
+        mask: AttentionMask | None = None,
+        layout: SequenceLayout | None = None,
+        ring_rank: int = 0,
+        ring_world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> SequenceMeta:
+        """The meta of one shard; causal and zigzag unless said otherwise."""
+        mask, layout = mask or Causal(), layout or ZigZag()
+        positions = layout.positions(ring_rank, ring_world, seq_len).to(device)
+        return SequenceMeta(seq_len, mask, layout, ring_rank, ring_world, positions)
+
+    def to(self, device: torch.device | str) -> SequenceMeta:
+        """The same on `device`."""
+        return replace(self, positions=self.positions.to(device, non_blocking=True))
+
+    @property
+    def local_len(self) -> int:
+        return self.positions.shape[0]
+
+
+@lru_cache(maxsize=8)
+def mask_area(mask: AttentionMask, seq_len: int) -> int:
+    """`mask.area(seq_len)`, remembered for the masks in use."""
+    return mask.area(seq_len)
