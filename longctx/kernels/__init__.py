@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from longctx.errors import KernelError, ShapeError, did_you_mean
-from longctx.masks import KeyRange
+from longctx.masks import UNBOUNDED, KeyRange
 from longctx.shapes import check_shapes
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,10 @@ class BlockAttention(Protocol):
     name: str
 
     def supports(self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str) -> str | None:
-        """None if this kernel can do such a block, else the reason why not, as a sentence for a log."""
+        """None if this kernel can do such a block, else the reason why not, as a sentence for a log.
+
+        `kind` is what `block_kind` says of the key range.
+        """
 
     def forward(
         self,
@@ -86,6 +89,7 @@ class BlockAttention(Protocol):
         key_range: KeyRange,
         *,
         scale: float,
+        out: torch.Tensor,
         dq_acc: torch.Tensor,
         dk_acc: torch.Tensor,
         dv_acc: torch.Tensor,
@@ -95,6 +99,8 @@ class BlockAttention(Protocol):
         Args:
             lse: "b h sq", of the whole row over all blocks. Rows with -inf contribute nothing.
             delta: "b h sq", `row_delta(out, dout)` of the whole row.
+            out: "b sq h d" in q's dtype, the final output of the whole row: what `delta` was made of. Backends that
+                compute their own delta (cuDNN) need it; ours use `delta`.
 
         Source: Dao 2023 (arXiv 2307.08691), algorithm 2.
         """
@@ -132,7 +138,14 @@ def select_kernel(name: str, q: torch.Tensor, key_range: KeyRange) -> BlockAtten
     Raises:
         KernelError: the named kernel does not support the block (with its reason), or none does.
     """
-    return _select(name, q.device, q.dtype, q.shape[-1], key_range.kind)
+    return _select(name, q.device, q.dtype, q.shape[-1], block_kind(key_range))
+
+
+def block_kind(key_range: KeyRange) -> str:
+    """The kind of a key range as kernels tell them apart: its `kind`, or "causal" for the band that is `KeyRange.causal()`."""
+    if key_range.kind == "band" and (key_range.lo, key_range.hi) == (-UNBOUNDED, 1):
+        return "causal"
+    return key_range.kind
 
 
 @cache
@@ -168,6 +181,10 @@ def row_delta(out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
     Returns:
         "b h s" contiguous, in the dtype of the softmax state.
     """
+    if dout.is_cuda and dout.dtype != torch.float64:
+        from longctx.kernels.merge import fused_row_delta
+
+        return fused_row_delta(out, dout)
     dtype = state_dtype(dout.dtype)
     # einsum would round the product's inputs to a common half type; the sum over d needs fp32.
     return (out.to(dtype) * dout.to(dtype)).sum(-1).transpose(1, 2).contiguous()

@@ -55,6 +55,7 @@ class ReferenceAttention:
         key_range: KeyRange,
         *,
         scale: float,
+        out: torch.Tensor,
         dq_acc: torch.Tensor,
         dk_acc: torch.Tensor,
         dv_acc: torch.Tensor,
