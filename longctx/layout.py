@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from longctx.errors import PlanError, did_you_mean
+from longctx.errors import PlanError, ShapeError, did_you_mean
 from longctx.masks import AttentionMask, Causal, KeyRange
 
 
@@ -38,10 +38,14 @@ class SequenceLayout(ABC):
         self.check(world, seq_len)
         if not 0 <= rank < world:
             raise PlanError(f"rank {rank} is not one of the {world} ranks of this layout")
-        return self._positions(rank, world, seq_len)
+        positions = self._positions(rank, world, seq_len).contiguous()
+        assert bool((positions.diff() > 0).all()), f"layout {self.name}: positions of a rank must ascend"
+        return positions
 
     def check(self, world: int, seq_len: int) -> None:
         """Raise PlanError if `seq_len` cannot be cut for `world` ranks."""
+        if world < 1:
+            raise PlanError(f"{self.name} over {world} ranks: a sequence is cut over at least 1 rank")
         multiple = self.multiple(world)
         if seq_len < 1 or seq_len % multiple:
             raise PlanError(
@@ -54,7 +58,13 @@ class SequenceLayout(ABC):
         return x.index_select(dim, self.positions(rank, world, x.shape[dim]).to(x.device))
 
     def unshard(self, shards: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
-        """The whole-sequence tensor from every rank's shard, in rank order: the inverse of `shard`."""
+        """The whole-sequence tensor from every rank's shard, in rank order: the inverse of `shard`.
+
+        Raises:
+            ShapeError: the shards are not of one length.
+        """
+        if len({x.shape[dim] for x in shards}) != 1:
+            raise ShapeError(f"shards of lengths {[x.shape[dim] for x in shards]}: each rank holds an equal share")
         joined = torch.cat(list(shards), dim)
         world, seq_len = len(shards), joined.shape[dim]
         order = torch.cat([self.positions(r, world, seq_len) for r in range(world)])
@@ -167,7 +177,7 @@ def get_layout(name: str) -> SequenceLayout:
 def nearest_lengths(seq_len: int, multiple: int) -> str:
     """The lengths next to `seq_len` that `multiple` divides, as text."""
     below = seq_len // multiple * multiple
-    return f"{below:_} or {below + multiple:_}" if below else f"{multiple:_}"
+    return f"{below:_} or {below + multiple:_}" if below > 0 else f"{multiple:_}"
 
 
 @dataclass(frozen=True, eq=False)

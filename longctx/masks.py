@@ -8,6 +8,7 @@ of a row are again one interval, of local indices: `KeyRange`, which is all that
 from __future__ import annotations
 
 import itertools
+import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,6 +47,8 @@ class AttentionMask(ABC):
 
     def __and__(self, other: AttentionMask) -> AttentionMask:
         """Both rules at once. `Full()` is neutral."""
+        if not isinstance(other, AttentionMask):
+            return NotImplemented
         parts = [p for m in (self, other) for p in (m.parts if isinstance(m, Intersection) else (m,))]
         kept = [p for i, p in enumerate(parts) if not isinstance(p, Full) and p not in parts[:i]]
         if not kept:
@@ -131,12 +134,13 @@ class Documents(AttentionMask):
 
     Args:
         cu_seqlens: document boundaries, starting at 0 and never decreasing; the last one is the sequence length. A tuple
-            of such tuples gives each sequence of the batch its own boundaries.
+            of such tuples gives each sequence of the batch its own boundaries. Lists are turned into tuples.
     """
 
     cu_seqlens: tuple[int, ...] | tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "cu_seqlens", _as_tuples(self.cu_seqlens))
         for row in self._rows:
             if len(row) < 2 or row[0] != 0 or any(b < a for a, b in itertools.pairwise(row)):
                 raise ShapeError(
@@ -149,12 +153,15 @@ class Documents(AttentionMask):
 
     @cached_property
     def _rows(self) -> tuple[tuple[int, ...], ...]:
-        first = self.cu_seqlens[0] if self.cu_seqlens else ()
-        return self.cu_seqlens if isinstance(first, tuple) else (self.cu_seqlens,)  # type: ignore[return-value]
+        return self.cu_seqlens if self._is_batched else (self.cu_seqlens,)  # type: ignore[return-value]
+
+    @property
+    def _is_batched(self) -> bool:
+        return bool(self.cu_seqlens) and isinstance(self.cu_seqlens[0], tuple)
 
     @property
     def batch(self) -> int | None:
-        return len(self._rows) if isinstance(self.cu_seqlens[0], tuple) else None
+        return len(self._rows) if self._is_batched else None
 
     def key_range(self, q_pos: torch.Tensor, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self._rows[0][-1] != seq_len:
@@ -162,6 +169,7 @@ class Documents(AttentionMask):
                 f"Documents: boundaries end at {self._rows[0][-1]}, but the sequence has {seq_len} positions"
             )
         ranges = []
+        q_pos = q_pos.contiguous()  # searchsorted warns otherwise
         for row in self._rows:
             cu = torch.tensor(row, device=q_pos.device)
             doc = torch.searchsorted(cu, q_pos, right=True)
@@ -250,8 +258,13 @@ class KeyRange:
 
     @staticmethod
     def of(lo: torch.Tensor, hi: torch.Tensor, sk: int) -> KeyRange:
-        """The cheapest kind that says the same as the intervals `lo`, `hi`: int [sq] or [b, sq], within [0, sk]."""
+        """The cheapest kind that says the same as the intervals `lo`, `hi`: int [sq] or [b, sq], within [0, sk].
+
+        Raises:
+            ShapeError: the intervals break the rules that kernels rely on, named with the first row that does.
+        """
         lo, hi = torch.atleast_2d(lo.cpu()), torch.atleast_2d(hi.cpu())
+        _check_intervals(lo, hi, sk)
         if not bool((hi > lo).any()):
             return KeyRange.empty()
         if bool((lo <= 0).all()) and bool((hi >= sk).all()):
@@ -271,6 +284,8 @@ class KeyRange:
                 lo, hi = self.lo, self.hi
                 if lo.shape[-1] != sq:
                     raise ShapeError(f"KeyRange has {lo.shape[-1]} rows, but q has {sq}")
+                if sq and int(hi[:, -1].max()) > sk:
+                    raise ShapeError(f"KeyRange shows keys up to {int(hi[:, -1].max())}, but k has {sk}")
             else:
                 row = torch.arange(sq)[None]
                 first, last = {"empty": (0 * row, 0 * row), "full": (0 * row, 0 * row + sk)}.get(
@@ -286,8 +301,8 @@ class KeyRange:
     def transposed(self, sq: int, sk: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """For each key, the rows `[first, last)` that see it: int32 [1 or b, sk] each, never decreasing. Cached per device.
 
-        The rows that see a key are one interval because both ends of the row intervals never decrease. Rows that see
-        nothing may lie inside such an interval; a kernel still compares a key with its row's own bounds.
+        Exact: the rows with `lo <= key` are a head and those with `hi > key` a tail of all rows, because both ends never
+        decrease, and a row sees the key when it is in both. A tile of keys still holds rows that see only some of them.
         """
         key = ("transposed", sq, sk, str(device))
         if key not in self._per_device:
@@ -304,6 +319,34 @@ class KeyRange:
         """Visible pairs; intervals that hold for every sequence count `batch` times."""
         lo, hi = self.bounds(sq, sk)
         return int((hi.long() - lo).sum()) * (batch if lo.shape[0] == 1 else 1)
+
+
+def _as_tuples(boundaries):
+    """Nested lists or tuples of ints as tuples of plain ints, so that a mask can be hashed."""
+    rows = tuple(boundaries)
+    if any(isinstance(row, (tuple, list)) for row in rows):
+        if not all(isinstance(row, (tuple, list)) for row in rows):
+            raise ShapeError("Documents: boundaries are either one list of ints or one such list for each sequence")
+        return tuple(_as_tuples(row) for row in rows)
+    try:
+        return tuple(operator.index(x) for x in rows)
+    except TypeError as error:
+        raise ShapeError(f"Documents: a boundary is not a whole number ({error})") from error
+
+
+def _check_intervals(lo: torch.Tensor, hi: torch.Tensor, sk: int) -> None:
+    """ShapeError unless 0 <= lo <= hi <= sk and neither end decreases along a row of the tensors."""
+    if lo.shape != hi.shape or lo.ndim != 2:
+        raise ShapeError(f"intervals lo {list(lo.shape)} and hi {list(hi.shape)} must both be [sq] or [b, sq]")
+    bad = (lo < 0) | (hi < lo) | (hi > sk)
+    bad[:, 1:] |= (lo[:, 1:] < lo[:, :-1]) | (hi[:, 1:] < hi[:, :-1])
+    if bool(bad.any()):
+        n, i = bad.nonzero()[0].tolist()
+        before = f" after [{int(lo[n, i - 1])}, {int(hi[n, i - 1])})" if i else ""
+        raise ShapeError(
+            f"query row {i} of sequence {n} sees keys [{int(lo[n, i])}, {int(hi[n, i])}){before}: "
+            f"intervals must lie in [0, {sk}) and neither end may decrease from one row to the next"
+        )
 
 
 def _offset(ends: torch.Tensor, sk: int, unseen: int) -> int | None:
