@@ -1,0 +1,192 @@
+"""The messages of a ring: each rank hands a tensor to the rank `shift` further and gets one from the rank `shift` behind.
+
+A message is posted before the compute that hides it and waited for after. All ranks post the same messages in the same
+order; the schedule, which is equal on every rank, fixes both.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+
+from longctx.errors import DistributedError
+
+# The only registry of live objects in this package. A custom op takes tensors, numbers and strings, so it names its
+# exchange by a handle. Entries go with their meshes.
+_EXCHANGES: WeakValueDictionary[str, RingExchange] = WeakValueDictionary()
+_handles = itertools.count()
+
+
+class Link(Protocol):
+    """What carries the messages of a ring. `peers` are the global ranks, in ring order."""
+
+    rank: int
+    peers: tuple[int, ...]
+
+    def swap(self, send: torch.Tensor, receive: torch.Tensor, *, to: int, source: int) -> Callable[[], None]:
+        """Start sending `send` to ring rank `to` and filling `receive` from ring rank `source`.
+
+        Returns:
+            A call that blocks until both are done, or on a GPU makes the current stream wait for them. `send` and
+            `receive` must not be touched before.
+        """
+
+
+class GroupLink:
+    """Messages through a torch.distributed process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.peers = tuple(dist.get_process_group_ranks(group))
+
+    def swap(self, send: torch.Tensor, receive: torch.Tensor, *, to: int, source: int) -> Callable[[], None]:
+        # One batch: on NCCL both directions run as one grouped kernel on the group's own communicator.
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, send, group=self._group, group_peer=to),
+                dist.P2POp(dist.irecv, receive, group=self._group, group_peer=source),
+            ]
+        )
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return wait
+
+
+@dataclass
+class Rotation:
+    """A message on its way. `wait` once, before reading the result or writing to what was sent."""
+
+    _tensor: torch.Tensor
+    # Keeps the memory of what is being sent until it is gone.
+    _sent: torch.Tensor
+    _wait: Callable[[], None]
+    _failed: Callable[[Exception], DistributedError]
+
+    def wait(self) -> torch.Tensor:
+        """What arrived, shaped like what was sent.
+
+        Raises:
+            DistributedError: the peer died, or did not answer in time.
+        """
+        try:
+            self._wait()
+        except RuntimeError as error:
+            raise self._failed(error) from error
+        return self._tensor
+
+
+class RingExchange:
+    """The messages of one ring, with its two receive buffers for each purpose, reused by every layer.
+
+    Args:
+        link: what carries the messages; None for a ring of one.
+        prefix: how this rank's messages to the user begin.
+        grad_dtype: dtype of key and value gradients on the wire. None: as they are accumulated, fp32.
+
+    Attributes:
+        handle: names this exchange in a custom op's arguments; empty for a ring of one.
+        bytes_sent: payload of all messages so far.
+    """
+
+    def __init__(self, link: Link | None, *, prefix: str = "", grad_dtype: torch.dtype | None = None) -> None:
+        self._link = link
+        self._prefix = prefix
+        self._buffers: dict[tuple[str, int], torch.Tensor] = {}
+        self.grad_dtype = grad_dtype
+        self.rank = link.rank if link is not None else 0
+        self.world = len(link.peers) if link is not None else 1
+        self.bytes_sent = 0
+        self.handle = ""
+        if link is not None:
+            self.handle = f"ring{next(_handles)}"
+            _EXCHANGES[self.handle] = self
+
+    def rotate(
+        self, tensor: torch.Tensor, shift: int, *, purpose: str, what: str, into: torch.Tensor | None = None
+    ) -> Rotation:
+        """Start handing `tensor` to the rank `shift` further round the ring (backwards if negative).
+
+        Every rank of the ring calls this with the same shift and with tensors of one shape.
+
+        Args:
+            tensor: contiguous; not to be written to until the rotation was waited for.
+            purpose: messages of one purpose share two buffers: what arrives is valid until the second next `rotate` of
+                that purpose.
+            what: names the message in errors.
+            into: contiguous; receives instead of a shared buffer, for what must be kept.
+
+        Raises:
+            DistributedError: the message could not be posted.
+        """
+        assert self._link is not None, "a ring of one has nobody to send to"
+        assert tensor.is_contiguous(), "messages are contiguous"
+        to, source = (self.rank + shift) % self.world, (self.rank - shift) % self.world
+        received = self._spare(purpose, tensor) if into is None else into
+
+        def failed(error: Exception) -> DistributedError:
+            peers = self._link.peers  # type: ignore[union-attr]
+            return DistributedError(
+                f"{self._prefix} {what}: sending to ring rank {to} (rank {peers[to]}) and receiving from ring rank "
+                f"{source} (rank {peers[source]}) failed: {error}\n"
+                "       one of them died, hangs, or is at another place of the program: look for the first error among "
+                "all ranks"
+            )
+
+        try:
+            wait = self._link.swap(tensor, received, to=to, source=source)
+        except RuntimeError as error:
+            raise failed(error) from error
+        self.bytes_sent += tensor.numel() * tensor.element_size()
+        return Rotation(received, tensor, wait, failed)
+
+    def warm_up(self, device: torch.device) -> None:
+        """Send one number each way round, so that connections are made now, in the same order on all ranks.
+
+        NCCL makes them at the first message otherwise, which can deadlock with other traffic of the same processes.
+        """
+        if self._link is None:
+            return
+        for shift in (1, -1):
+            token = torch.full((1,), float(self.rank), device=device)
+            got = self.rotate(token, shift, purpose="warm-up", what="first contact").wait()
+            if int(got) != (self.rank - shift) % self.world:
+                raise DistributedError(f"{self._prefix} first contact: heard ring rank {int(got)} out of turn")
+        self.bytes_sent = 0
+
+    def _spare(self, purpose: str, like: torch.Tensor) -> torch.Tensor:
+        """The receive buffer of `purpose` that `like` does not lie in, shaped like `like`."""
+        size = like.numel() * like.element_size()
+        for index in (0, 1):
+            buffer = self._buffers.get((purpose, index))
+            if buffer is None or buffer.numel() < size or buffer.device != like.device:
+                buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
+                self._buffers[purpose, index] = buffer
+            if buffer.data_ptr() != like.data_ptr():
+                return buffer[:size].view(like.dtype).view(like.shape)
+        raise AssertionError("two buffers share one address")
+
+
+def get_exchange(handle: str) -> RingExchange:
+    """The exchange of that handle; an empty handle is a ring of one.
+
+    Raises:
+        DistributedError: its mesh is gone.
+    """
+    if not handle:
+        return RingExchange(None)
+    exchange = _EXCHANGES.get(handle)
+    if exchange is None:
+        raise DistributedError(
+            f"the mesh of ring exchange {handle!r} is gone: keep the ParallelMesh alive until the backward pass is done"
+        )
+    return exchange

@@ -1,0 +1,209 @@
+"""The process groups of a plan: the only place that makes or holds any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from longctx.errors import DistributedError
+from longctx.parallel.exchange import GroupLink, Link, RingExchange
+from longctx.parallel.plan import Coords, ParallelPlan
+
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh, as one rank sees it.
+
+    Args:
+        name: ring, sp, dp or grad.
+        rank: this process's place on the axis.
+        ranks: the global ranks on it, in axis order.
+        group: their process group; None for an axis of one.
+    """
+
+    name: str
+    rank: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+class ParallelMesh:
+    """A plan brought to life in this process: who it is, and its process groups by purpose.
+
+    Axes:
+        ring: the processes that pass keys and values of one sequence round. Its group carries nothing else.
+        sp: the processes that share one sequence.
+        dp: those that hold the same part of different sequences.
+        grad: dp x sp, over which gradients are averaged and losses summed.
+
+    Several meshes may live in one process. Make one with `ParallelMesh.create`, at the same place of the program on every
+    rank.
+    """
+
+    def __init__(
+        self,
+        plan: ParallelPlan,
+        rank: int,
+        *,
+        device: torch.device,
+        groups: dict[str, dist.ProcessGroup | None],
+        link: Link | None,
+        grad_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.plan = plan
+        self.rank = rank
+        self.world_size = plan.world_size
+        self.coords = plan.coords(rank)
+        self.device = device
+        self.ring, self.sp, self.dp, self.grad = (
+            Axis(name, ranks.index(rank), ranks, groups.get(name))
+            for name in ("ring", "sp", "dp", "grad")
+            for ranks in [_axis_ranks(plan, name, self.coords)]
+        )
+        self._link = link
+        self._grad_dtype = grad_dtype
+        self._exchange: RingExchange | None = None
+
+    @classmethod
+    def create(
+        cls,
+        plan: ParallelPlan,
+        *,
+        device: torch.device | str,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+        grad_dtype: torch.dtype | None = None,
+    ) -> ParallelMesh:
+        """Make the groups of `plan`. Collective: every rank of the world calls it.
+
+        Args:
+            plan: dp may be left open; the world fills it in.
+            device: where this process's tensors live. On CUDA it must be the current device.
+            timeout: how long a rank waits for another before it fails.
+            grad_dtype: dtype of key and value gradients on the ring's wire. None: fp32, as they are accumulated.
+
+        A plan for one process needs no `torch.distributed.init_process_group`.
+
+        Raises:
+            PlanError: the plan does not fit the world, or needs what is not available.
+            DistributedError: several processes are needed but none or the wrong backend was initialised; no contact.
+        """
+        device = torch.device(device)
+        is_alone = not dist.is_initialized()
+        plan = plan.resolve(1 if is_alone and _wants_one(plan) else _world_size(plan))
+        rank = 0 if is_alone else dist.get_rank()
+        groups: dict[str, dist.ProcessGroup | None] = {}
+        if plan.world_size > 1:
+            _check_backend(device)
+            groups = _make_groups(plan, rank, device, timeout)
+        ring = groups.get("ring")
+        link = GroupLink(ring) if ring is not None else None
+        mesh = cls(plan, rank, device=device, groups=groups, link=link, grad_dtype=grad_dtype)
+        mesh.exchange.warm_up(device)
+        return mesh
+
+    @property
+    def exchange(self) -> RingExchange:
+        """The exchange of this process's ring, the same object every time."""
+        if self._exchange is None:
+            self._exchange = RingExchange(self._link, prefix=self.prefix, grad_dtype=self._grad_dtype)
+        return self._exchange
+
+    @property
+    def prefix(self) -> str:
+        """How this rank's messages begin."""
+        return f"[rank {self.rank} | {self.coords}]"
+
+    def __repr__(self) -> str:
+        return f"ParallelMesh({self.prefix} of {self.plan})"
+
+
+def _wants_one(plan: ParallelPlan) -> bool:
+    return plan.dp in (None, 1) and plan.pp * plan.sp * plan.tp == 1
+
+
+def _world_size(plan: ParallelPlan) -> int:
+    if not dist.is_initialized():
+        raise DistributedError(
+            f"this plan ({plan}) needs several processes, but torch.distributed is not initialised\n"
+            "       start with torchrun --nproc-per-node N, and call torch.distributed.init_process_group first"
+        )
+    return dist.get_world_size()
+
+
+def _check_backend(device: torch.device) -> None:
+    try:
+        dist.distributed_c10d._get_default_group()._get_backend(device)
+    except RuntimeError as error:
+        raise DistributedError(
+            f"the process group's backend {dist.get_backend()!r} cannot carry {device.type} tensors\n"
+            f"       use init_process_group({'nccl' if device.type == 'cuda' else 'gloo'!r})"
+        ) from error
+
+
+def _axis_ranks(plan: ParallelPlan, name: str, at: Coords) -> tuple[int, ...]:
+    """The ranks of the axis through `at`, in axis order."""
+    sp = [replace(at, ring=r, ulysses=u) for r in range(plan.ring) for u in range(plan.ulysses)]
+    assert plan.dp is not None, "the mesh's plan is resolved"
+    places = {
+        "ring": [replace(at, ring=r) for r in range(plan.ring)],
+        "sp": sp,
+        "dp": [replace(at, dp=d) for d in range(plan.dp)],
+        "grad": [replace(c, dp=d) for d in range(plan.dp) for c in sp],
+    }[name]
+    return tuple(plan.rank_of(c) for c in places)
+
+
+def _all_axes(plan: ParallelPlan, name: str) -> Iterator[tuple[int, ...]]:
+    """Every set of ranks that forms an axis of that name, in an order that does not depend on who asks."""
+    seen = set()
+    for rank in range(plan.world_size):
+        ranks = _axis_ranks(plan, name, plan.coords(rank))
+        if ranks not in seen:
+            seen.add(ranks)
+            yield ranks
+
+
+def _make_groups(
+    plan: ParallelPlan, rank: int, device: torch.device, timeout: timedelta
+) -> dict[str, dist.ProcessGroup | None]:
+    """This rank's group on each axis. new_group is collective: every rank makes every group, in one order."""
+    mine: dict[str, dist.ProcessGroup | None] = {}
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    for name in ("ring", "sp", "dp", "grad"):
+        for ranks in _all_axes(plan, name):
+            if len(ranks) == 1:
+                group = None
+            elif name == "ring":
+                # Never shared: reductions of gradients run during the backward pass and would stand in the ring's way.
+                group = _new_group(ranks, device, timeout, is_ring=True)
+            else:
+                if ranks not in made:
+                    made[ranks] = _new_group(ranks, device, timeout)
+                group = made[ranks]
+            if rank in ranks:
+                mine[name] = group
+    return mine
+
+
+def _new_group(
+    ranks: tuple[int, ...], device: torch.device, timeout: timedelta, *, is_ring: bool = False
+) -> dist.ProcessGroup:
+    options = None
+    if is_ring and device.type == "cuda":
+        # Messages must start while attention fills the GPU; a high-priority stream gets the next free SMs.
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = timeout
+    try:
+        return dist.new_group(list(ranks), timeout=timeout, pg_options=options)
+    except RuntimeError as error:
+        raise DistributedError(f"no contact among ranks {list(ranks)}: {error}") from error

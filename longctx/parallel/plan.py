@@ -1,0 +1,224 @@
+"""Parallel plans: how many processes share which axis, as plain numbers. No GPU, no process group.
+
+A rank's place follows one rule, with tensor parallelism innermost and pipeline stages outermost:
+
+    rank = ((pp_rank * dp + dp_rank) * sp + sp_rank) * tp + tp_rank
+    sp_rank = ring_rank * ulysses + ulysses_rank
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from longctx.errors import LongCtxError, PlanError, Problem, format_problems
+from longctx.layout import LAYOUTS, SequenceLayout, get_layout, nearest_lengths
+
+# The token spans of a rank that `describe` writes out before it only counts them.
+SHOWN_SPANS = 4
+
+# Degrees that a plan may name but that nothing implements yet, with what they are.
+_NOT_YET = {"pp": "pipeline stages", "ulysses": "Ulysses all-to-all", "tp": "tensor parallelism"}
+
+
+@dataclass(frozen=True)
+class Coords:
+    """The place of one rank on every axis of a plan."""
+
+    dp: int
+    pp: int
+    ring: int
+    ulysses: int
+    tp: int
+
+    def __str__(self) -> str:
+        return f"dp{self.dp} pp{self.pp} ring{self.ring} uly{self.ulysses} tp{self.tp}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelPlan:
+    """How many processes share which axis of the work.
+
+    Args:
+        dp: replicas that read different samples. None: whatever the world leaves, filled in by `resolve`.
+        pp: pipeline stages.
+        ring: processes that share one sequence and pass keys and values round a ring.
+        ulysses: processes that share one sequence by exchanging it for heads.
+        tp: processes that share each weight matrix.
+        layout: which positions of a sequence each ring rank holds, by name.
+
+    The default is one process; a degree of 1 leaves its axis out.
+    """
+
+    dp: int | None = None
+    pp: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tp: int = 1
+    layout: str = "zigzag"
+
+    @property
+    def sp(self) -> int:
+        """Processes that share one sequence."""
+        return self.ring * self.ulysses
+
+    @property
+    def grad_world(self) -> int:
+        """Processes whose gradients are averaged: dp * sp."""
+        return self._resolved_dp * self.sp
+
+    @property
+    def world_size(self) -> int:
+        """All processes of the plan."""
+        return self.pp * self.grad_world * self.tp
+
+    @property
+    def sequence_layout(self) -> SequenceLayout:
+        """The layout that `layout` names."""
+        return get_layout(self.layout)
+
+    @property
+    def _resolved_dp(self) -> int:
+        if self.dp is None:
+            raise PlanError("dp is not known yet: call plan.resolve(world_size) first, or give dp")
+        return self.dp
+
+    def __str__(self) -> str:
+        dp = "rest" if self.dp is None else self.dp
+        return f"dp {dp}, pp {self.pp}, ring {self.ring}, ulysses {self.ulysses}, tp {self.tp}"
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with the plan whatever the model, the sequence and the world: impossible or unavailable degrees."""
+        found = []
+        for name in ("dp", "pp", "ring", "ulysses", "tp"):
+            degree = getattr(self, name)
+            if degree is not None and degree < 1:
+                hint = "leave dp out to use every process that the other degrees leave" if name == "dp" else ""
+                found.append(Problem(f"{name} = {degree}: a degree is at least 1", hint or f"{name} 1 leaves it out"))
+        if found:
+            return found
+        for name, what in _NOT_YET.items():
+            if getattr(self, name) > 1:
+                ring = self.ring * self.ulysses * self.tp * self.pp
+                found.append(
+                    Problem(
+                        f"{name} = {getattr(self, name)}: {what} cannot be used yet",
+                        f"ring {ring} with pp 1, ulysses 1, tp 1 splits the sequence over the same processes",
+                    )
+                )
+        if self.layout not in LAYOUTS:
+            try:
+                get_layout(self.layout)
+            except LongCtxError as error:
+                found.append(Problem(str(error)))
+        return found
+
+    def check(self, *, num_heads: int, num_kv_heads: int, seq_len: int) -> list[Problem]:
+        """Everything that keeps this plan from training such a model on such sequences; empty if nothing does.
+
+        Args:
+            num_heads, num_kv_heads: of the whole model.
+            seq_len: global length S.
+        """
+        found = self.problems()
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+            found.append(
+                Problem(
+                    f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}",
+                    f"num_kv_heads may be {', '.join(map(str, divisors))}",
+                )
+            )
+        if self.ring >= 1 and self.layout in LAYOUTS:
+            multiple = self.sequence_layout.multiple(self.ring)
+            if seq_len < 1 or seq_len % multiple:
+                found.append(
+                    Problem(
+                        f"seq_len = {seq_len:_} is not a multiple of {multiple} ({self.layout} over ring {self.ring})",
+                        f"nearest: {nearest_lengths(seq_len, multiple)}",
+                    )
+                )
+        return found
+
+    def resolve(self, world_size: int) -> ParallelPlan:
+        """The same plan with dp filled in for `world_size` processes.
+
+        Raises:
+            PlanError: the degrees are impossible or do not multiply up to `world_size`; lists every problem.
+        """
+        found = self.problems()
+        if world_size < 1:
+            found.append(Problem(f"world size {world_size}: at least 1 process is needed"))
+        elif all(degree >= 1 for degree in (self.pp, self.ring, self.ulysses, self.tp)):
+            found += self._world_problems(world_size)
+        if found:
+            raise PlanError(format_problems(f"this plan ({self}, world {world_size})", found))
+        return replace(self, dp=world_size // (self.pp * self.sp * self.tp)) if self.dp is None else self
+
+    def _world_problems(self, world_size: int) -> list[Problem]:
+        share = self.pp * self.sp * self.tp
+        rings = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        if world_size % share:
+            below = world_size // share * share
+            counts = f"{below} or {below + share}" if below else f"{share}"
+            return [
+                Problem(
+                    f"world size {world_size} is not a multiple of pp * ring * ulysses * tp = {share}",
+                    f"start {counts} processes, or use ring {', '.join(map(str, rings))} alone",
+                )
+            ]
+        if self.dp is not None and self.dp >= 1 and self.dp * share != world_size:
+            return [
+                Problem(
+                    f"dp * pp * ring * ulysses * tp = {self.dp * share}, but the world has {world_size} processes",
+                    f"dp {world_size // share} fits, as does leaving dp out; or start {self.dp * share} processes",
+                )
+            ]
+        return []
+
+    def coords(self, rank: int) -> Coords:
+        """The place of `rank` on every axis.
+
+        Raises:
+            PlanError: no such rank, or dp is not known yet.
+        """
+        if not 0 <= rank < self.world_size:
+            raise PlanError(f"rank {rank} is not one of the {self.world_size} of this plan ({self})")
+        rest, tp = divmod(rank, self.tp)
+        rest, sp = divmod(rest, self.sp)
+        pp, dp = divmod(rest, self._resolved_dp)
+        ring, ulysses = divmod(sp, self.ulysses)
+        return Coords(dp, pp, ring, ulysses, tp)
+
+    def rank_of(self, coords: Coords) -> int:
+        """The rank at `coords`: the inverse of `coords`."""
+        sp = coords.ring * self.ulysses + coords.ulysses
+        return ((coords.pp * self._resolved_dp + coords.dp) * self.sp + sp) * self.tp + coords.tp
+
+    def describe(self, seq_len: int | None = None) -> str:
+        """Who is where, one line a rank; with `seq_len`, also the token positions that each rank holds.
+
+        Raises:
+            PlanError: dp is not known yet, or the layout cannot cut `seq_len`.
+        """
+        lines = [f"{self}: {self.world_size} ranks, layout {self.layout}"]
+        width = len(str(self.world_size - 1))
+        for rank in range(self.world_size):
+            coords = self.coords(rank)
+            line = f"  rank {rank:>{width}}  {coords}"
+            if seq_len is not None:
+                positions = self.sequence_layout.positions(coords.ring, self.ring, seq_len)
+                line += f"  tokens {_spans(positions)}"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def _spans(positions: torch.Tensor) -> str:
+    """Ascending positions as runs, `0-7, 24-31`; the first few, and how many there are."""
+    is_break = positions.diff() != 1
+    ends = torch.cat([positions[:-1][is_break], positions[-1:]]).tolist()
+    starts = torch.cat([positions[:1], positions[1:][is_break]]).tolist()
+    shown = [f"{a:_}-{b:_}" if a != b else f"{a:_}" for a, b in zip(starts, ends, strict=True)][:SHOWN_SPANS]
+    more = f", ... ({len(starts):_} spans)" if len(starts) > SHOWN_SPANS else ""
+    return ", ".join(shown) + more

@@ -1,0 +1,231 @@
+"""Run a function on several processes of this machine and get results, or the failing rank's traceback, back."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Collection
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.errors import DistributedError
+from longctx.parallel.plan import ParallelPlan
+
+# After the first failure the others get this long to end by themselves, so that their own errors are seen too.
+GRACE_S = 5.0
+# Writing the stacks of all threads takes a worker milliseconds; a machine with busy cores gets more.
+STACKS_S = 2.0
+
+
+def run_distributed(
+    fn: Callable[..., Any],
+    *args: Any,
+    world: int = 4,
+    backend: str = "gloo",
+    plan: ParallelPlan | None = None,
+    timeout_s: float = 120.0,
+    env: dict[str, str] | None = None,
+    abandon: Collection[int] = (),
+) -> list[Any]:
+    """Call `fn(rank, *args)` in `world` new processes that share a process group; return what each returned.
+
+    Each process is initialised (rendezvous through a file, so no port is taken), has one CPU thread, and on nccl the
+    CUDA device of its rank. All processes are gone when this returns.
+
+    Args:
+        fn: a function of a module (it is pickled by name), as are `args` and the results.
+        world: processes.
+        backend: gloo or nccl.
+        plan: with it, failures name coordinates as well as ranks. Must fit `world`.
+        timeout_s: for everything together, and for each message.
+        env: environment variables that the processes get on top of this one's.
+        abandon: ranks that are meant to die or hang: not waited for, their result is None.
+
+    Returns:
+        One result a rank, in rank order.
+
+    Raises:
+        DistributedError: a rank failed (with its traceback), ended without a word, or did not end in time (with the
+            stack of every rank).
+    """
+    plan = plan.resolve(world) if plan is not None else None
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="longctx-") as folder:
+        workers = []
+        try:
+            for rank in range(world):
+                workers.append(_Worker(context, rank, world, plan, Path(folder)))
+                workers[-1].start(fn, args, backend, timeout_s, env or {})
+            return _collect(workers, timeout_s, set(abandon))
+        finally:
+            for worker in workers:
+                worker.kill()
+
+
+class _Worker:
+    """One process, seen from the parent."""
+
+    def __init__(self, context: Any, rank: int, world: int, plan: ParallelPlan | None, folder: Path) -> None:
+        self.rank = rank
+        self.name = f"[rank {rank} of {world}{f' | {plan.coords(rank)}' if plan else ''}]"
+        self.result: Any = None
+        self.error: str | None = None
+        self._world = world
+        self._folder = folder
+        self._stacks = folder / f"stacks.{rank}"
+        self._context = context
+        self.pipe: Connection
+        self._process: Any = None
+
+    def start(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], backend: str, timeout_s: float, env: dict[str, str]
+    ) -> None:
+        self.pipe, theirs = self._context.Pipe(duplex=False)
+        self._process = self._context.Process(
+            target=_worker_main,
+            args=(theirs, fn, args, self.rank, self._world, backend, timeout_s, str(self._folder)),
+            name=self.name,
+            daemon=True,
+        )
+        # The new interpreter reads its environment before any of our code could set it.
+        before = dict(os.environ)
+        os.environ.update({"OMP_NUM_THREADS": "1", **env})
+        try:
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        theirs.close()
+
+    def receive(self) -> None:
+        """Take the one message that a process sends when it ends, or note that it ended without."""
+        try:
+            kind, value = self.pipe.recv()
+        except EOFError:
+            self._process.join(GRACE_S)
+            code = self._process.exitcode
+            how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+            kind, value = "error", f"ended without a result ({how})"
+        if kind == "ok":
+            self.result = pickle.loads(value)
+        else:
+            self.error = value
+
+    def ask_for_stacks(self) -> None:
+        if self._process.is_alive():
+            os.kill(self._process.pid, signal.SIGUSR1)
+
+    def stacks(self) -> str:
+        text = self._stacks.read_text() if self._stacks.exists() else ""
+        if text:
+            return text
+        return "no stack: the process " + ("has ended" if not self._process.is_alive() else "is stopped or starting")
+
+    def kill(self) -> None:
+        if self._process is not None and self._process.pid is not None:
+            self._process.kill()
+            self._process.join()
+            self.pipe.close()
+
+
+def _collect(workers: list[_Worker], timeout_s: float, abandon: set[int]) -> list[Any]:
+    """Wait for all that are not abandoned; raise at the first failure, or when time is up."""
+    waiting = {w.pipe: w for w in workers if w.rank not in abandon}
+    failed: list[_Worker] = []
+    deadline = time.monotonic() + timeout_s
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for pipe in wait(list(waiting), timeout=left):
+            worker = waiting.pop(pipe)  # type: ignore[call-overload]
+            worker.receive()
+            if worker.error is not None:
+                failed.append(worker)
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    if failed:
+        raise DistributedError(_failure(failed, list(waiting.values())))
+    if waiting:
+        hanging = list(waiting.values())
+        raise DistributedError(
+            f"{_names(hanging)} did not end within {timeout_s:g} s\n" + _all_stacks(workers, hanging, abandon)
+        )
+    return [w.result for w in workers]
+
+
+def _failure(failed: list[_Worker], others: list[_Worker]) -> str:
+    lines = [f"{failed[0].name} failed", failed[0].error or ""]
+    for worker in failed[1:]:
+        last = (worker.error or "").strip().splitlines()[-1]
+        lines.append(f"then {worker.name}: {last}")
+    if others:
+        lines.append(f"still running {GRACE_S:g} s later: {_names(others)}")
+        lines.append(_all_stacks(others, others, set()))
+    return "\n".join(lines)
+
+
+def _all_stacks(workers: list[_Worker], hanging: list[_Worker], abandon: set[int]) -> str:
+    for worker in hanging:
+        worker.ask_for_stacks()
+    time.sleep(STACKS_S)
+    parts = []
+    for worker in workers:
+        if worker in hanging:
+            parts.append(f"--- {worker.name}\n{worker.stacks()}")
+        else:
+            parts.append(f"--- {worker.name}: {'abandoned' if worker.rank in abandon else 'done'}")
+    return "\n".join(parts)
+
+
+def _names(workers: list[_Worker]) -> str:
+    return ", ".join(w.name for w in workers)
+
+
+def _worker_main(
+    pipe: Connection,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world: int,
+    backend: str,
+    timeout_s: float,
+    folder: str,
+) -> None:
+    with open(Path(folder) / f"stacks.{rank}", "w") as stacks:
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        try:
+            # More threads than cores make small CPU work slower, not faster.
+            torch.set_num_threads(1)
+            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)})
+            device = None
+            if backend == "nccl":
+                device = torch.device("cuda", rank)
+                torch.cuda.set_device(device)
+            dist.init_process_group(
+                backend,
+                init_method=f"file://{folder}/rendezvous",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=device,
+            )
+            message: tuple[str, bytes | str] = ("ok", pickle.dumps(fn(rank, *args)))
+        except BaseException:
+            message = ("error", traceback.format_exc())
+        sys.stdout.flush()
+        pipe.send(message)
+        # A process that is done waits until the parent, which ends it, has heard of all: closing its connections any
+        # earlier would break messages that others still send, and hide which rank failed first.
+        if message[0] == "ok":
+            parent = multiprocessing.parent_process()
+            assert parent is not None, "a worker is a child process"
+            parent.join()
