@@ -1,0 +1,42 @@
+# make train      make the environment and train configs/debug_cpu.toml on two processes of this machine
+# make test       make the environment; lint, format check, type check, tests
+# make test-gpu   the tests marked gpu, with the Python that is there (no environment is made)
+# make clean      remove the environment, caches and runs
+#
+# PYTHON is the interpreter (3.11 or newer) that the environment is made from, VENV where it goes.
+PYTHON ?= python3
+VENV ?= .venv
+# Test processes side by side; each file's tests stay together.
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread a process: the tests and the training example start several.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test test-gpu clean
+.DEFAULT_GOAL := test
+
+$(STAMP): pyproject.toml .constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "longctx needs Python 3.11 or newer and $(PYTHON) is older: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c .constraints.txt -e '.[test]'
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/torchrun --standalone --nproc-per-node 2 train.py --config configs/debug_cpu.toml
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Without a network and without the package installed: the current directory is on the path.
+test-gpu:
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m "gpu or gpu2"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache runs wandb
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
