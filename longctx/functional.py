@@ -1,0 +1,217 @@
+"""Attention on one device and on a ring, and the loss: differentiable functions without parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from longctx.errors import ShapeError
+from longctx.kernels import check_block
+from longctx.layout import SequenceLayout, SequenceMeta, get_layout
+from longctx.masks import AttentionMask, Causal
+from longctx.parallel.loss import linear_cross_entropy
+from longctx.parallel.mesh import ParallelMesh
+from longctx.parallel.ring import RING_ATTENTION_OP
+from longctx.parallel.schedule import RingSchedule
+
+__all__ = ["attention", "linear_cross_entropy", "ring_attention"]
+
+_CAUSAL = Causal()
+# Of one process there is one layout: all positions in order.
+_WHOLE = get_layout("contiguous")
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: AttentionMask = ...,
+    scale: float | None = ...,
+    kernel: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: AttentionMask = ...,
+    scale: float | None = ...,
+    kernel: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: AttentionMask = _CAUSAL,
+    scale: float | None = None,
+    kernel: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over whole sequences on one device. Differentiable in q, k, v, through out and lse.
+
+    Args:
+        q: "b s h d".
+        k, v: "b s hk d" with hk dividing h; query head i uses key head i // (h / hk).
+        mask: who sees whom; a mask for several sequences needs as many in the batch.
+        scale: multiplies q @ k^T. None: 1 / sqrt(d).
+        kernel: "auto", or a name from `longctx.kernels.kernel_names`.
+        return_lse: also return lse. Two calls over different keys merge by it.
+
+    Returns:
+        out: "b s h d" in q's dtype; 0 in rows that see nothing. With `return_lse` also lse: "b h s" fp32, natural log;
+        -inf in rows that see nothing.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices do not agree, with each other or with the mask; an empty batch or sequence.
+        KernelError: the kernel is unknown, or cannot do this.
+
+    Source: Dao 2023 (arXiv 2307.08691).
+    """
+    return _attend(q, k, v, mask, _WHOLE, 0, 1, q.shape[1] if q.ndim > 1 else 0, scale, kernel, return_lse, exchange="")
+
+
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    meta: SequenceMeta,
+    mesh: ParallelMesh,
+    scale: float | None = ...,
+    kernel: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    meta: SequenceMeta,
+    mesh: ParallelMesh,
+    scale: float | None = ...,
+    kernel: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    meta: SequenceMeta,
+    mesh: ParallelMesh,
+    scale: float | None = None,
+    kernel: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of this rank's queries to the keys of its whole ring: the rows of `attention` that the rank holds.
+
+    Collective over `mesh.ring`, backward too: every rank of the ring makes the same calls in the same order. One message of
+    K and V a hop, sent while the hop before is computed; `longctx.parallel.schedule.comm_bytes` counts them. Memory beyond
+    the result: three blocks of K/V, one of which is kept for the backward pass.
+
+    Args:
+        q: "b s h d", this rank's shard; s = meta.seq_len / mesh.ring.size.
+        k, v: "b s hk d", likewise.
+        meta: where the shard stands in the sequence, and who sees whom.
+        mesh: holds the ring; must live until the backward pass is done.
+        scale, kernel, return_lse: as in `attention`.
+
+    Returns:
+        As `attention`, for the local rows. A ring of one is the same as `attention`.
+
+    Raises:
+        ShapeError: as `attention`; or the shard is not the one that `meta` describes, or `meta` is not of this mesh.
+        KernelError: as `attention`.
+        DistributedError: another rank of the ring died or did not answer in time.
+
+    Source: Liu et al. 2023 (arXiv 2310.01889).
+    """
+    if (meta.ring_rank, meta.ring_world) != (mesh.ring.rank, mesh.ring.size):
+        raise ShapeError(
+            f"{mesh.prefix} meta is of ring rank {meta.ring_rank} of {meta.ring_world}, but this process is ring rank "
+            f"{mesh.ring.rank} of {mesh.ring.size}\n"
+            "       make it with SequenceMeta.of(..., ring_rank=mesh.ring.rank, ring_world=mesh.ring.size)"
+        )
+    return _attend(
+        q,
+        k,
+        v,
+        meta.mask,
+        meta.layout,
+        meta.ring_rank,
+        meta.ring_world,
+        meta.seq_len,
+        scale,
+        kernel,
+        return_lse,
+        exchange=mesh.exchange.handle,
+    )
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    layout: SequenceLayout,
+    rank: int,
+    world: int,
+    seq_len: int,
+    scale: float | None,
+    kernel: str,
+    return_lse: bool,
+    *,
+    exchange: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    axes = check_block(q, k, v)
+    _check_local(axes, mask, world, seq_len)
+    hops, rows = _packed_hops(mask, layout, rank, world, seq_len)
+    scale = 1 / math.sqrt(axes["d"]) if scale is None else float(scale)
+    out, lse, _ = RING_ATTENTION_OP(q, k, v, hops, rows, kernel, scale, exchange)
+    return (out, lse) if return_lse else out
+
+
+def _check_local(axes: dict[str, int], mask: AttentionMask, world: int, seq_len: int) -> None:
+    if not isinstance(mask, AttentionMask):
+        raise ShapeError(f"mask is a {type(mask).__name__}: it must come from longctx.masks, such as Causal()")
+    if 0 in axes.values():
+        raise ShapeError(f"nothing to attend to: {', '.join(f'{name} = {size}' for name, size in axes.items())}")
+    if axes["sq"] != axes["sk"]:
+        raise ShapeError(f"q has {axes['sq']} positions but k and v have {axes['sk']}; both are shards of one sequence")
+    if axes["sq"] * world != seq_len:
+        raise ShapeError(
+            f"q, k and v hold {axes['sq']:_} positions each, but a rank's share of {seq_len:_} over a ring of {world} is "
+            f"{seq_len // world:_}: the meta is of another sequence, or these are not shards of it"
+        )
+    if mask.batch is not None and mask.batch != axes["b"]:
+        raise ShapeError(
+            f"the mask distinguishes {mask.batch} sequences, but the batch of q, k and v has {axes['b']}: "
+            "give one list of boundaries for each sequence, or one for all"
+        )
+
+
+# A compiler would trace the arithmetic of the schedule into the graph and fix its result there, for every batch after.
+@_disable_dynamo
+def _packed_hops(
+    mask: AttentionMask, layout: SequenceLayout, rank: int, world: int, seq_len: int
+) -> tuple[Tensor, Tensor]:
+    return RingSchedule.build(mask, layout, rank, world, seq_len).packed
