@@ -23,6 +23,9 @@ _CAUSAL = Causal()
 # Of one process there is one layout: all positions in order.
 _WHOLE = get_layout("contiguous")
 
+# torch.compile leaves these functions out (`_disable_dynamo`, which unlike torch.compiler.disable does not load the
+# compiler at import): traced, the arithmetic of a schedule would fix one batch's mask in the graph.
+
 
 @overload
 def attention(
@@ -50,6 +53,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@_disable_dynamo
 def attention(
     q: Tensor,
     k: Tensor,
@@ -111,6 +115,7 @@ def ring_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@_disable_dynamo
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -209,8 +214,6 @@ def _check_local(axes: dict[str, int], mask: AttentionMask, world: int, seq_len:
         )
 
 
-# A compiler would trace the arithmetic of the schedule into the graph and fix its result there, for every batch after.
-@_disable_dynamo
 def _packed_hops(
     mask: AttentionMask, layout: SequenceLayout, rank: int, world: int, seq_len: int
 ) -> tuple[Tensor, Tensor]:

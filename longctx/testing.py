@@ -1,4 +1,4 @@
-"""Run a function on several processes of this machine and get results, or the failing rank's traceback, back."""
+"""Run a function on several ranks of this machine, as processes or as threads, and get back results or what failed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import DistributedError
+from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 
 # After the first failure the others get this long to end by themselves, so that their own errors are seen too.
@@ -229,3 +232,91 @@ def _worker_main(
             parent = multiprocessing.parent_process()
             assert parent is not None, "a worker is a child process"
             parent.join()
+
+
+def run_virtual_ring(
+    fn: Callable[..., Any],
+    *args: Any,
+    world: int = 4,
+    layout: str = "zigzag",
+    device: torch.device | str = "cpu",
+    grad_dtype: torch.dtype | None = None,
+    timeout_s: float = 60.0,
+) -> list[Any]:
+    """Call `fn(mesh, *args)` in `world` threads of this process, each a rank of one ring; return what each returned.
+
+    Messages are handed over in memory: milliseconds instead of seconds to start, one debugger for all ranks, and any
+    number of ranks on one GPU. Only the ring works; there are no process groups for anything else. On a GPU, a backward
+    pass through autograd would block (all threads share one autograd thread there): call the backward operator itself.
+
+    Args:
+        grad_dtype: as in `ParallelMesh.create`.
+        timeout_s: for each message.
+
+    Raises:
+        Whatever `fn` raised first, with the rank's coordinates as a note.
+    """
+    plan = ParallelPlan(ring=world, layout=layout).resolve(world)
+    boxes: _Boxes = {(i, j): queue.SimpleQueue() for i in range(world) for j in range(world)}
+    meshes = []
+    for rank in range(world):
+        link = _MemoryLink(rank, world, boxes, timeout_s) if world > 1 else None
+        meshes.append(
+            ParallelMesh(plan, rank, device=torch.device(device), groups={}, link=link, grad_dtype=grad_dtype)
+        )
+    results: list[Any] = [None] * world
+    failures: list[tuple[int, BaseException]] = []
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = fn(meshes[rank], *args)
+        except BaseException as error:
+            failures.append((rank, error))
+            for other in range(world):
+                boxes[rank, other].put(None)
+
+    threads = [threading.Thread(target=work, args=(rank,), name=f"ring{rank}", daemon=True) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        rank, error = failures[0]
+        error.add_note(f"on {meshes[rank].prefix} of a virtual ring")
+        raise error
+    return results
+
+
+# (from, to) -> what is on its way, in order; None: the sender failed.
+_Boxes = dict[tuple[int, int], "queue.SimpleQueue[torch.Tensor | None]"]
+
+
+class _MemoryLink:
+    """Messages between threads: a `Link`."""
+
+    def __init__(self, rank: int, world: int, boxes: _Boxes, timeout_s: float) -> None:
+        self.rank = rank
+        self.peers = tuple(range(world))
+        self._boxes = boxes
+        self._timeout_s = timeout_s
+
+    def swap(self, send: torch.Tensor, receive: torch.Tensor, *, to: int, source: int) -> Callable[[], None]:
+        # Copied now: the sender may reuse its buffer as soon as its own wait returns.
+        self._boxes[self.rank, to].put(send.detach().clone())
+        # Whoever reads before waiting gets NaN, not what happened to be there.
+        receive.fill_(float("nan"))
+
+        def wait() -> None:
+            try:
+                sent = self._boxes[source, self.rank].get(timeout=self._timeout_s)
+            except queue.Empty:
+                raise RuntimeError(f"no message within {self._timeout_s:g} s") from None
+            if sent is None:
+                raise RuntimeError(f"ring rank {source} failed")
+            if sent.shape != receive.shape or sent.dtype != receive.dtype:
+                raise RuntimeError(
+                    f"got {list(sent.shape)} {sent.dtype}, expected {list(receive.shape)} {receive.dtype}"
+                )
+            receive.copy_(sent)
+
+        return wait
