@@ -1,0 +1,360 @@
+"""A decoder-only transformer of the Llama family, on sequence shards. Parameter names are Hugging Face's."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from longctx.attention import ParallelAttention
+from longctx.errors import ConfigError, Problem, format_problems
+from longctx.kernels.fused import Fused, check_fused, rms_norm, silu_mul
+from longctx.layout import SequenceMeta
+from longctx.masks import SlidingWindow
+from longctx.parallel.loss import LMHead, check_token_ids
+from longctx.parallel.ring import RING_ATTENTION_OP
+from longctx.rope import RopeScaling, apply_rope, rope_cos_sin, rope_frequencies
+from longctx.shapes import ModelShape, check_shapes
+
+if TYPE_CHECKING:
+    from longctx.parallel.mesh import ParallelMesh
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class Batch(Protocol):
+    """What the model reads of a batch: one rank's shard."""
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int64 [b, s]."""
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """int64 [b, s]: the token that follows, -100 where there is none to predict."""
+
+    @property
+    def meta(self) -> SequenceMeta:
+        """Where the tokens stand in the whole sequence, and who sees whom."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a transformer. Llama, Mistral (`sliding_window`), Qwen2 (`qkv_bias`) and Qwen3 (`qk_norm`) are cases of it.
+
+    Args:
+        num_kv_heads: None: `num_heads`.
+        head_dim: even; None: `hidden_size / num_heads`.
+        intermediate_size: of the SwiGLU; None: 8/3 of `hidden_size`, rounded up to a multiple of 64.
+        rope_theta: the base of RoPE's frequencies.
+        tie_embeddings: the output projection is the embedding's weight.
+        qkv_bias: biases on the query, key and value projections.
+        qk_norm: an RMSNorm over each head of q and k, before RoPE.
+        sliding_window: keys that a query sees, its own included, of those that the batch's mask shows; None: all.
+        init_std: of the normal distribution that weights start from; projections into the residual start from
+            `init_std / sqrt(2 * num_layers)`.
+
+    Source: Llama 3 (arXiv 2407.21783); GPT-2 for the start of the residual projections.
+    """
+
+    vocab_size: int = 256
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    rope_theta: float = 1e4
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    init_std: float = 0.02
+
+    @property
+    def kv_heads(self) -> int:
+        """`num_kv_heads` with its default filled in."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """`head_dim` with its default filled in."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_size(self) -> int:
+        """`intermediate_size` with its default filled in."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return math.ceil(self.hidden_size * 8 / 3 / 64) * 64
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with these numbers; empty if nothing."""
+        found = []
+        optional = ("num_kv_heads", "head_dim", "intermediate_size", "sliding_window")
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", *optional):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(Problem(f"model.{name} = {value} must be at least 1"))
+        for name, least in (("rope_theta", 1.0), ("norm_eps", 0.0), ("init_std", 0.0)):
+            if not getattr(self, name) > least:
+                found.append(Problem(f"model.{name} = {getattr(self, name)} must be greater than {least:g}"))
+        if not found:
+            found += self._head_problems()
+        return found + (self.rope_scaling.problems() if self.rope_scaling is not None else [])
+
+    def _head_problems(self) -> list[Problem]:
+        found = []
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            per_head = self.hidden_size / self.num_heads
+            found.append(
+                Problem(
+                    f"model.hidden_size {self.hidden_size} / num_heads {self.num_heads} = {per_head:.2f} is not whole",
+                    f"set model.head_dim, or num_heads to a divisor of {self.hidden_size}",
+                )
+            )
+        elif self.head_size % 2:
+            found.append(
+                Problem(
+                    f"head_dim = {self.head_size} is odd; RoPE turns pairs", f"try model.head_dim {self.head_size + 1}"
+                )
+            )
+        if self.num_heads % self.kv_heads:
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            found.append(
+                Problem(
+                    f"model.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}",
+                    f"num_kv_heads that work: {', '.join(map(str, divisors))}",
+                )
+            )
+        return found
+
+    @property
+    def shape(self) -> ModelShape:
+        """The numbers that planning and FLOP counts need. A tied output projection is counted once."""
+        e, d, h, hk, f = self.hidden_size, self.head_size, self.num_heads, self.kv_heads, self.mlp_size
+        attention = 2 * e * h * d + 2 * e * hk * d
+        attention += (h + 2 * hk) * d if self.qkv_bias else 0
+        attention += 2 * d if self.qk_norm else 0
+        per_layer = attention + 3 * e * f + 2 * e
+        embeddings = self.vocab_size * e * (1 if self.tie_embeddings else 2)
+        return ModelShape(
+            num_layers=self.num_layers,
+            hidden_size=e,
+            num_heads=h,
+            num_kv_heads=hk,
+            head_dim=d,
+            vocab_size=self.vocab_size,
+            num_params=self.num_layers * per_layer + embeddings + e,
+        )
+
+
+class Transformer(nn.Module):
+    """Embedding, decoder layers and output projection over one rank's shard of the sequence.
+
+    Attention alone looks beyond the shard, through `mesh`; every other layer works token by token. No logits tensor of the
+    whole shard exists. The parameters depend on `config` and `seed` only, not on ranks or on the order of construction.
+
+    Args:
+        mesh: the processes that share a sequence; None: this process holds all of it.
+        kernel: name of the attention kernel, or "auto".
+        activation_checkpointing: keep, of each layer, its input and what attention gave; recompute the rest in backward.
+            Attention and its communication run once.
+        fused: liger-kernel's operations: "auto" where they can be had, "on", "off".
+        seed: of the initial weights.
+
+    Raises:
+        ConfigError: all problems of `config` in one message; `fused="on"` without liger-kernel.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        mesh: ParallelMesh | None = None,
+        kernel: str = "auto",
+        activation_checkpointing: bool = False,
+        fused: Fused = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if problems := config.problems():
+            raise ConfigError(format_problems("the model", problems))
+        check_fused(fused)
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.model = _Decoder(config, mesh, kernel, fused)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, fused=fused)
+        if config.tie_embeddings:
+            # One Parameter in two modules: each module's hooks find it, and the optimizer sees it once.
+            self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
+        self.init_weights(seed)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Sum of the token losses of this shard: fp32 scalar (fp64 for an fp64 model).
+
+        Raises:
+            ShapeError: tokens, labels and the batch's positions disagree.
+            DataError: a token or label outside the vocabulary, on the CPU; see `check_token_ids`.
+        """
+        check_shapes(tokens=(batch.tokens, "b s"), labels=(batch.labels, "b s"), positions=(batch.meta.positions, "s"))
+        return self.lm_head(self.hidden(batch.tokens, batch.meta), batch.labels)
+
+    def hidden(self, tokens: torch.Tensor, meta: SequenceMeta) -> torch.Tensor:
+        """What the output projection is applied to.
+
+        Args:
+            tokens: int64 "b s", this rank's shard.
+
+        Returns:
+            "b s e", after the last norm.
+        """
+        check_shapes(tokens=(tokens, "b s"), positions=(meta.positions, "s"))
+        check_token_ids(tokens, self.config.vocab_size, what="token")
+        return self.model(tokens, meta, self.activation_checkpointing and torch.is_grad_enabled())
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Set every parameter to its initial value: norms 1, biases 0, the rest normal, from `seed` and its own name."""
+        residual_std = self.config.init_std / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+                generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.normal_(0.0, residual_std if is_residual else self.config.init_std, generator=generator)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = _uninitialised(nn.Embedding, config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(_Layer(config, mesh, kernel, fused) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
+
+    def forward(self, tokens: torch.Tensor, meta: SequenceMeta, recompute: bool) -> torch.Tensor:
+        x = self.embed_tokens(tokens)
+        config = self.config
+        # Made anew each time: a buffer would be cast to bf16 along with the weights, and 10^6 positions need float64.
+        inv_freq, factor = rope_frequencies(
+            config.head_size, config.rope_theta, config.rope_scaling, device=tokens.device
+        )
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        cos, sin = rope_cos_sin(meta.positions, inv_freq, attention_factor=factor, dtype=dtype)
+        if config.sliding_window is not None:
+            meta = replace(meta, mask=meta.mask & SlidingWindow(config.sliding_window))
+        for layer in self.layers:
+            x = _recomputed(layer, x, cos, sin, meta) if recompute else layer(x, cos, sin, meta)
+        return self.norm(x)
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
+        self.self_attn = _Attention(config, mesh, kernel, fused)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
+        self.mlp = _MLP(config, fused)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meta: SequenceMeta) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, meta)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
+        super().__init__()
+        e, d, h, hk = config.hidden_size, config.head_size, config.num_heads, config.kv_heads
+        self.head_dim = d
+        self.fused = fused
+        self.q_proj = _linear(e, h * d, bias=config.qkv_bias)
+        self.k_proj = _linear(e, hk * d, bias=config.qkv_bias)
+        self.v_proj = _linear(e, hk * d, bias=config.qkv_bias)
+        self.o_proj = _linear(h * d, e)
+        self.q_norm = RMSNorm(d, config.norm_eps, fused=fused) if config.qk_norm else None
+        self.k_norm = RMSNorm(d, config.norm_eps, fused=fused) if config.qk_norm else None
+        self.attention = ParallelAttention(mesh, kernel=kernel)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meta: SequenceMeta) -> torch.Tensor:
+        # Views of the projections: heads are never moved before the sequence, so nothing is copied.
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, k, cos, sin, fused=self.fused)
+        return self.o_proj(self.attention(q, k, v, meta).flatten(2))
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: ModelConfig, fused: Fused) -> None:
+        super().__init__()
+        e, f = config.hidden_size, config.mlp_size
+        self.fused = fused
+        self.gate_proj = _linear(e, f)
+        self.up_proj = _linear(e, f)
+        self.down_proj = _linear(f, e)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x), fused=self.fused))
+
+
+class RMSNorm(nn.Module):
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis. See `longctx.kernels.fused.rms_norm`."""
+
+    def __init__(self, size: int, eps: float, *, fused: Fused = "auto") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+        self.fused = fused
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps, fused=self.fused)
+
+
+def _linear(size_in: int, size_out: int, bias: bool = False) -> nn.Linear:
+    return _uninitialised(nn.Linear, size_in, size_out, bias=bias)
+
+
+def _uninitialised(cls: type[_Module], *args: object, **kwargs: object) -> _Module:
+    # torch's own initial values would be overwritten by ours. Left to itself, skip_init allocates on the CPU.
+    return cast(_Module, nn.utils.skip_init(cls, *args, device=torch.get_default_device(), **kwargs))
+
+
+def _recomputed(layer: nn.Module, x: torch.Tensor, *args: object) -> torch.Tensor:
+    """`layer(x, *args)`, keeping x and what attention gave; the rest is computed again in backward."""
+    return checkpoint(
+        layer,
+        x,
+        *args,
+        use_reentrant=False,
+        context_fn=_keep_attention,
+        preserve_rng_state=False,  # a layer draws no random numbers
+        # The recomputation ends inside `down_proj`, at the last tensor that backward needs: it saves that product, and under
+        # ZeRO-3 it is what keeps the hook after `down_proj` from giving back the weight that backward has just gathered.
+        early_stop=True,
+    )
+
+
+def _keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(ctx: object, op: Callable, *args: object, **kwargs: object) -> CheckpointPolicy:
+    # Recomputing attention would repeat its communication, on every rank and in the same order, or hang.
+    return CheckpointPolicy.MUST_SAVE if op == RING_ATTENTION_OP else CheckpointPolicy.PREFER_RECOMPUTE
