@@ -1,0 +1,181 @@
+"""What is settled before a run touches a GPU: its plan, its device, its data, and how all that reads.
+
+Everything here follows from the configuration, the files it names and the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from longctx.data import ShardedBatch, ShardedLoader, check_vocab, open_dataset
+from longctx.errors import ConfigError, format_problems
+from longctx.launch import Launch, Place, choose_device
+from longctx.parallel.plan import ParallelPlan
+from longctx.progress import in_bytes
+from longctx.results import environment, version
+
+if TYPE_CHECKING:
+    from longctx.config import Config
+    from longctx.tokens import TokenDataset
+
+# Tokenising a large text takes hours once; the watchdog meanwhile sees whether everyone is alive.
+DATA_TIMEOUT_S = 24 * 3600.0
+
+
+def dry_run(config: Config, launch: Launch, *, world_size: int | None = None) -> str:
+    """What a run would be, as text: the configuration, the plan, the first batch's shapes, memory. Trains nothing.
+
+    Args:
+        world_size: pretend to be rank 0 of so many processes.
+
+    Raises:
+        StartError: the input cannot be used.
+    """
+    place = launch.place if world_size is None else Place(rank=0, world_size=world_size)
+    with launch.together("the configuration"):
+        plan, device = settle(config, place)
+    with launch.together("the data", timeout_s=DATA_TIMEOUT_S):
+        dataset, loader = open_data(config, plan, place.rank, torch.device("cpu"))
+    shape = config.model.shape
+    dtype = config.engine.resolved_dtype(device.type)
+    held = _state_bytes(shape.num_params, config.engine.zero_stage, dtype, plan.grad_world)
+    lines = [
+        config.dump().rstrip(),
+        "",
+        f"plan      {plan.describe(config.data.seq_len)}",
+        f"data      {dataset.describe()}",
+        f"step      {_step_line(config, plan, loader)}",
+        *(f"batch {i}   {_batch_line(batch)}" for i, batch in enumerate(loader.step(0))),
+        f"model     {shape.num_params:_} parameters, {dtype}",
+        f"memory    about {in_bytes(held)} on each rank for parameters, gradients and optimizer (ZeRO "
+        f"{config.engine.zero_stage} over {plan.grad_world}); activations come on top",
+    ]
+    return "\n".join(lines)
+
+
+def choices(
+    config: Config,
+    place: Place,
+    plan: ParallelPlan,
+    device: torch.device,
+    *,
+    data: tuple[TokenDataset, ShardedLoader],
+    resume_from: Path | None,
+    has_peak: bool,
+    threads: str,
+) -> Iterator[str]:
+    """What was settled without the user having said it, and why; a line each."""
+    dataset, loader = data
+    facts = about(config, plan, device)
+    yield (
+        f"longctx   {facts['longctx']}, commit {facts['commit']}; torch {facts['torch']}, "
+        f"deepspeed {facts['deepspeed']}; started by {place.launcher}"
+    )
+    filled = " (dp: what the other degrees leave)" if config.parallel.dp is None and plan.world_size > 1 else ""
+    ring = f", layout {plan.layout}" if plan.ring > 1 else ""
+    yield f"plan      {plan} on {plan.world_size} process{'es' * (plan.world_size > 1)}{ring}{filled}"
+    yield f"device    {choose_device(place, config.train.device)[1]}; {threads}"
+    dtype = config.engine.resolved_dtype(device.type)
+    because = f" (engine.dtype = auto on {device.type})" if config.engine.dtype == "auto" else ""
+    known = "" if has_peak else "; utilisation is shown as TFLOP/s: no peak is known for this device and dtype"
+    yield f"dtype     {dtype}{because}{known}"
+    yield f"data      {dataset.describe()}"
+    yield f"model     {config.model.shape.num_params:_} parameters"
+    yield f"step      {_step_line(config, plan, loader)}"
+    if config.train.resume == "never":
+        yield "resume    from the start (train.resume = never)"
+    elif resume_from is None:
+        yield f"resume    from the start: no checkpoint in {config.train.checkpoints}"
+    else:
+        yield f"resume    from {resume_from} (train.resume = {config.train.resume})"
+
+
+def settle(config: Config, place: Place) -> tuple[ParallelPlan, torch.device]:
+    """The plan for this world and this process's device.
+
+    Raises:
+        ConfigError: with every problem of the configuration.
+    """
+    problems = config.check(place.world_size)
+    if problems:
+        raise ConfigError(format_problems("this configuration", problems))
+    device, _ = choose_device(place, config.train.device)
+    problems = config.engine.problems(device.type)
+    if problems:
+        raise ConfigError(format_problems(f"this configuration on {device.type}", problems))
+    return config.parallel.resolve(place.world_size), device
+
+
+def open_data(
+    config: Config, plan: ParallelPlan, rank: int, device: torch.device
+) -> tuple[TokenDataset, ShardedLoader]:
+    dataset = open_dataset(config.data)
+    problems = check_vocab(dataset, config.model.vocab_size)
+    if problems:
+        raise ConfigError(format_problems("this configuration", problems))
+    coords = plan.coords(rank)
+    assert plan.dp is not None, "the plan is resolved"
+    loader = ShardedLoader(
+        dataset,
+        seq_len=config.data.seq_len,
+        micro_batch_size=config.engine.micro_batch_size,
+        accumulation_steps=config.engine.accumulation_steps,
+        dp_rank=coords.dp,
+        dp_world=plan.dp,
+        layout=plan.sequence_layout,
+        ring_rank=coords.ring,
+        ring_world=plan.ring,
+        seed=config.data.seed,
+        shuffle=config.data.shuffle,
+        mask_documents=config.data.mask_documents,
+        device=device,
+    )
+    return dataset, loader
+
+
+def about(config: Config, plan: ParallelPlan, device: torch.device) -> dict[str, Any]:
+    """What a result depends on: for the first record of metrics.jsonl, and for wandb."""
+    is_gpu = device.type == "cuda"
+    return {
+        "config": config.as_dict(),
+        "plan": asdict(plan),
+        "world_size": plan.world_size,
+        **environment(torch.cuda.get_device_name(device) if is_gpu else "cpu", plan.world_size if is_gpu else 0),
+        "deepspeed": version("deepspeed"),
+        "longctx": version("longctx"),
+    }
+
+
+def _step_line(config: Config, plan: ParallelPlan, loader: ShardedLoader) -> str:
+    engine = config.engine
+    return (
+        f"{loader.tokens_per_step:_} tokens = dp {plan.dp} x micro-batch {engine.micro_batch_size} x accumulation "
+        f"{engine.accumulation_steps} x seq_len {config.data.seq_len:_}; {config.train.steps:_} steps are "
+        f"{config.train.steps * loader.samples_per_step / loader.num_samples:.3g} epochs"
+    )
+
+
+def _batch_line(batch: ShardedBatch) -> str:
+    mask = str(batch.meta.mask)
+    shown = mask if len(mask) <= 100 else f"{mask[:97]}..."
+    return (
+        f"tokens {list(batch.tokens.shape)} {str(batch.tokens.dtype).removeprefix('torch.')}, labels "
+        f"{list(batch.labels.shape)}, {int((batch.labels != -100).sum()):_} targets here of {batch.num_target_tokens:_} in "
+        f"the step, mask {shown}"
+    )
+
+
+def _state_bytes(num_params: int, zero_stage: int, dtype: str, grad_world: int) -> float:
+    """Bytes of parameters, gradients and AdamW's state that one rank holds, without buffers and activations.
+
+    bf16 keeps an fp32 master copy and fp32 gradients; fp32 with ZeRO keeps a master copy of its partition too.
+    """
+    share = [1 / grad_world if zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
+    parameters = (2 if dtype == "bf16" else 4) * share[2]
+    master = 4 * share[0] if dtype == "bf16" or zero_stage else 0
+    return num_params * (parameters + 4 * share[1] + master + 8 * share[0])

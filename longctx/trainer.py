@@ -1,0 +1,343 @@
+"""One training run from configuration to last checkpoint: what `train.py` and `longctx train` do.
+
+What can go wrong because of the user's input happens first, on every process together and before anything touches a GPU.
+Then the engine is built, a checkpoint is loaded if there is one, and the steps follow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from longctx.checkpoint import TrainState, check_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from longctx.errors import CheckpointError, ConfigError, NonFiniteError, Problem
+from longctx.launch import Launch, Place, StartError
+from longctx.metrics import Meter, MetricsFile, peak_flops, peak_memory_bytes, step_work
+from longctx.parallel.mesh import ParallelMesh
+from longctx.parallel.plan import ParallelPlan
+from longctx.preparation import DATA_TIMEOUT_S, about, choices, open_data, settle
+from longctx.process import seed_everything, set_cpu_threads
+from longctx.progress import Progress, log_to
+from longctx.recorder import Recorder, WandbRun
+from longctx.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from longctx.config import Config
+    from longctx.engine import TrainEngine
+
+# The process group's own timeout comes after the watchdog's, which knows more and says so.
+GROUP_TIMEOUT_MARGIN_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, from where, and where to.
+
+    Args:
+        steps: optimizer steps of the whole run, those before a resume included.
+        seed: of the initial weights.
+        run_dir: metrics, checkpoints and wandb's files go here; shared by all machines.
+        save_every: steps between checkpoints; there is always one at the end. 0: only that.
+        keep: checkpoints that are kept.
+        resume: "auto": the newest complete checkpoint of `run_dir`, if there is one; "never": from the start; or a path.
+        timeout_s: a rank that dies or hangs ends the run within this time.
+        device: "auto": CUDA where there is a GPU, else the CPU.
+    """
+
+    steps: int = 100
+    seed: int = 0
+    run_dir: str = "runs/default"
+    save_every: int = 0
+    keep: int = 2
+    resume: str = "auto"
+    timeout_s: float = 600.0
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with these settings."""
+        found = []
+        for name, least in (("steps", 1), ("save_every", 0), ("keep", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value < least:
+                found.append(Problem(f"train.{name} = {value}: it must be {least} or more"))
+        if not 5.0 <= self.timeout_s <= 1e6:
+            found.append(
+                Problem(
+                    f"train.timeout_s = {self.timeout_s:g}: it must be between 5 and 1,000,000 seconds",
+                    "heartbeats come once a second, and the first step may compile for minutes",
+                )
+            )
+        for name in ("run_dir", "resume"):
+            if not getattr(self, name):
+                found.append(Problem(f"train.{name} is empty", "leave it out for its default"))
+        return found
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints of this run are."""
+        return Path(self.run_dir).expanduser() / "checkpoints"
+
+
+class Trainer:
+    """A training run.
+
+    Args:
+        config: everything about it.
+        launch: the meeting of its processes; made from the launcher's environment variables if not given.
+
+    Attributes:
+        state: how far the run has come.
+
+    Example:
+        >>> Trainer(load_config("configs/debug_cpu.toml", ["--train.steps=50"])).fit()
+    """
+
+    def __init__(self, config: Config, launch: Launch | None = None) -> None:
+        self.config = config
+        self.launch = launch or Launch(Place.from_env())
+        self.rank = self.launch.place.rank
+        self.run_dir = Path(config.train.run_dir).expanduser()
+        self.state = TrainState()
+        self._progress: Progress | None = None
+        self._recorder: Recorder | None = None
+        self._wandb: WandbRun | None = None
+        self._lock: Any = None
+
+    def fit(self) -> TrainState:
+        """Train to `train.steps`; returns where the run stands. Every process of the run calls it.
+
+        Raises:
+            StartError: the input cannot be used; with several processes it has been told already.
+            NonFiniteError: the loss or the gradient norm stopped being finite; the last checkpoint is intact.
+            DistributedError: the processes do not agree, or did not come.
+        """
+        with self.launch.together("the configuration"):
+            plan, device = settle(self.config, self.launch.place)
+        reason = "failed"
+        try:
+            with self._watch(plan) as watchdog:
+                self._prepare(plan, device, watchdog)
+                self._start_engine(plan, device, watchdog)
+                self._train(plan, device, watchdog)
+            reason = "done"
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._close(reason)
+        self.launch.finish()
+        return self.state
+
+    def _prepare(self, plan: ParallelPlan, device: torch.device, watchdog: Watchdog) -> None:
+        """What the user's input decides, on every process together; touches no GPU."""
+        config, launch = self.config, self.launch
+        watchdog.mark(0, "preparing", may_hang=False)
+        unit = "GPU" if device.type == "cuda" else "rank"
+        if self.rank == 0:
+            self._progress = Progress(config.train.steps, style=config.log.progress, unit=unit)
+        log_to(self._progress.say if self._progress is not None else None)
+        with launch.together("the run's folder"):
+            self._lock_run_dir()
+        found = launch.from_first("the checkpoint to resume from", lambda: str(self._find_checkpoint() or ""))
+        self.resume_from = Path(found) if found else None
+        with launch.together("the data", timeout_s=DATA_TIMEOUT_S):
+            self.dataset, self.loader = open_data(config, plan, self.rank, device)
+        threads = set_cpu_threads(launch.place.world_size)
+        with launch.together("wandb"):
+            if self.rank == 0:
+                self._wandb = WandbRun(config.log, self.run_dir, about(config, plan, device))
+        if self._progress is not None and self._wandb is not None:
+            peak = peak_flops(device, config.engine.resolved_dtype(device.type))
+            meter = Meter(config.model.shape, world_size=plan.world_size, peak=peak)
+            self._recorder = Recorder(self._progress, meter, self._wandb, every=config.log.every)
+            lines = choices(
+                config,
+                launch.place,
+                plan,
+                device,
+                data=(self.dataset, self.loader),
+                resume_from=self.resume_from,
+                has_peak=peak is not None,
+                threads=threads,
+            )
+            wandb = f"; wandb {config.log.wandb}: {self._wandb.where}" if self._wandb.where else "; wandb off"
+            for line in (*lines, f"records   {self.run_dir / 'metrics.jsonl'}{wandb}"):
+                self._progress.say(line)
+
+    def _start_engine(self, plan: ParallelPlan, device: torch.device, watchdog: Watchdog) -> None:
+        from longctx.engine import build_engine
+
+        config = self.config
+        watchdog.mark(0, "setting up", may_hang=False)
+        seed_everything(config.train.seed)
+        timeout_s = config.train.timeout_s + GROUP_TIMEOUT_MARGIN_S
+        self.launch.start_process_group(device, timeout_s)
+        mesh = ParallelMesh.create(plan, device=device, timeout=timedelta(seconds=timeout_s))
+        self.engine: TrainEngine = build_engine(
+            config.model, config.engine, config.optim, mesh, total_steps=config.train.steps, seed=config.train.seed
+        )
+        with self.launch.together("the checkpoint"):
+            if self.resume_from is not None:
+                self.state = load_checkpoint(self.resume_from, self.engine, asdict(config.model))
+        if self._progress is not None and self.resume_from is not None:
+            self._progress.say(f"resumed   at step {self.state.step}, sample {self.state.cursor:_}")
+            self._progress.begin_at(self.state.step)
+        self.launch.is_working = True
+
+    def _train(self, plan: ParallelPlan, device: torch.device, watchdog: Watchdog) -> None:
+        train, loader, recorder = self.config.train, self.loader, self._recorder
+        if self.state.step >= train.steps:
+            if self._progress is not None:
+                self._progress.say(
+                    f"nothing to do: {self.resume_from} is at step {self.state.step} of train.steps = {train.steps}; "
+                    "raise train.steps to go on"
+                )
+            return
+        if recorder is not None:
+            file = self._metrics_file()
+            file.write("run", {"first_step": self.state.step, **about(self.config, plan, device)})
+            recorder.open(file)
+        saved = self.resume_from
+        while self.state.step < train.steps:
+            step, cursor = self.state.step, self.state.cursor
+            watchdog.mark(step, "waiting for data")
+            start = time.perf_counter()
+            batches = loader.step(cursor)
+            ready = time.perf_counter()
+            watchdog.mark(step, "computing")
+            try:
+                result = self.engine.train_step(step, batches)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error}\n       last checkpoint: {saved or 'none yet'}") from None
+            # train_step ends with numbers on the host, so the device has finished too.
+            end = time.perf_counter()
+            self.state = replace(
+                self.state,
+                step=step + 1,
+                cursor=cursor + loader.samples_per_step,
+                tokens=self.state.tokens + loader.tokens_per_step,
+            )
+            watchdog.mark(step, "recording")
+            if recorder is not None:
+                recorder.step(
+                    asdict(result) | asdict(self.state) | {"step": step},
+                    step_work(loader, cursor, window=self.config.model.sliding_window),
+                    seconds=end - start,
+                    data_seconds=ready - start,
+                    memory=peak_memory_bytes(device),
+                )
+            is_last = self.state.step == train.steps
+            if is_last or (train.save_every and self.state.step % train.save_every == 0):
+                watchdog.mark(step, "saving a checkpoint")
+                saved = save_checkpoint(
+                    train.checkpoints, self.engine, self.state, fingerprint=asdict(self.config.model), keep=train.keep
+                )
+        watchdog.mark(train.steps, "finishing")
+        memory = _largest(peak_memory_bytes(device), device)
+        if recorder is not None:
+            recorder.summary(memory=memory, saved=str(saved), folder=str(self.run_dir))
+
+    def _lock_run_dir(self) -> None:
+        """Two runs in one folder would overwrite each other's checkpoints."""
+        if self.rank != 0:
+            return
+        from filelock import FileLock, Timeout
+
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(str(self.run_dir / ".lock"))
+            # A run that was just killed may take a moment to be gone.
+            lock.acquire(timeout=5, poll_interval=0.2)
+        except Timeout:
+            raise ConfigError(
+                f"another run is writing to train.run_dir = {str(self.run_dir)!r}\n"
+                "       wait for it, end it, or choose another train.run_dir"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"train.run_dir = {str(self.run_dir)!r} cannot be written: {error.strerror or error}\n"
+                "       choose a folder that can"
+            ) from error
+        self._lock = lock
+
+    def _find_checkpoint(self) -> Path | None:
+        """Where to go on from: complete and of this model; None: from the start."""
+        train = self.config.train
+        if train.resume == "never":
+            return None
+        path = Path(train.resume).expanduser()
+        if train.resume == "auto":
+            newest = latest_checkpoint(train.checkpoints)
+            if newest is None:
+                if any(train.checkpoints.glob("step-*")):
+                    raise CheckpointError(
+                        f"none of the checkpoints in {train.checkpoints} is complete\n"
+                        "       give the path of another one with train.resume, or start anew with --train.resume=never"
+                    )
+                return None
+            path = newest
+        check_checkpoint(path, asdict(self.config.model))
+        return path
+
+    def _metrics_file(self) -> MetricsFile:
+        path = self.run_dir / "metrics.jsonl"
+        if self.config.train.resume == "never" and path.exists():
+            # A new run in the folder of an old one: what was measured is kept.
+            n = 1
+            while (old := path.with_name(f"metrics-{n}.jsonl")).exists():
+                n += 1
+            path.rename(old)
+        return MetricsFile(path, first_step=self.state.step)
+
+    @contextlib.contextmanager
+    def _watch(self, plan: ParallelPlan) -> Iterator[Watchdog]:
+        """The watchdog; a rank that fails tells the others why."""
+        watchdog = Watchdog(
+            self.launch.place,
+            name_of=lambda rank: str(plan.coords(rank)),
+            timeout_s=self.config.train.timeout_s,
+            stacks_dir=self.run_dir / "stacks",
+            before_exit=lambda reason: self._close(reason, wandb_s=3.0),
+        )
+        watchdog.start()
+        try:
+            yield watchdog
+        except BaseException as error:
+            # What all processes agreed on, all of them know.
+            if not isinstance(error, StartError):
+                watchdog.failed(error)
+            raise
+        finally:
+            watchdog.stop()
+
+    def _close(self, reason: str, wandb_s: float | None = None) -> None:
+        """Leave files and terminal in order; also called from the watchdog's thread, just before the process ends."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._recorder is not None:
+            self._recorder.close(reason)
+        if self._wandb is not None:
+            if wandb_s is None:
+                self._wandb.finish(int(reason != "done"))
+            else:
+                self._wandb.finish(1, timeout_s=wandb_s)
+        log_to(None)
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _largest(value: int, device: torch.device) -> int:
+    """The largest of all ranks' values; collective."""
+    if dist.get_world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
