@@ -171,7 +171,7 @@ def _live_distances(mask: AttentionMask, layout: SequenceLayout, world: int, seq
         return (0,)
     live = {0}
     positions = [layout.positions(r, world, seq_len) for r in range(world)]
-    sample = torch.linspace(0, seq_len // world - 1, min(SAMPLED_ROWS, seq_len // world)).long().unique()
+    sample = sampled_rows(seq_len // world)
     for q_rank, k_rank in itertools.product(range(world), repeat=2):
         distance = (q_rank - k_rank) % world
         if distance not in live:
@@ -182,6 +182,11 @@ def _live_distances(mask: AttentionMask, layout: SequenceLayout, world: int, seq
     if len(live) < world:
         live |= _proven_distances(mask, positions, world, seq_len)
     return tuple(sorted(live))
+
+
+def sampled_rows(local_len: int) -> torch.Tensor:
+    """Up to `SAMPLED_ROWS` local rows, spread evenly, the first and the last among them."""
+    return torch.linspace(0, local_len - 1, min(SAMPLED_ROWS, local_len), dtype=torch.float64).long().unique()
 
 
 def _proven_distances(mask: AttentionMask, positions: list[torch.Tensor], world: int, seq_len: int) -> set[int]:

@@ -1,0 +1,120 @@
+"""Plans: ranks and coordinates are one to one, and everything that does not fit is said at once."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longctx.errors import PlanError
+from longctx.parallel.plan import Coords, ParallelPlan
+
+DEGREES = st.integers(1, 4)
+
+
+@given(dp=DEGREES, pp=DEGREES, ring=DEGREES, ulysses=DEGREES, tp=DEGREES)
+def test_every_rank_has_its_own_place(dp, pp, ring, ulysses, tp):
+    plan = ParallelPlan(dp=dp, pp=pp, ring=ring, ulysses=ulysses, tp=tp)
+    assert plan.world_size == dp * pp * ring * ulysses * tp
+    assert plan.grad_world == dp * ring * ulysses
+    places = [plan.coords(rank) for rank in range(plan.world_size)]
+    assert len(set(places)) == plan.world_size
+    assert [plan.rank_of(place) for place in places] == list(range(plan.world_size))
+
+
+def test_order_of_the_axes():
+    """Tensor parallel neighbours are next to each other, then Ulysses, ring, dp; pipeline stages are furthest apart."""
+    plan = ParallelPlan(dp=2, pp=2, ring=2, ulysses=2, tp=2)
+    assert plan.coords(0) == Coords(dp=0, pp=0, ring=0, ulysses=0, tp=0)
+    assert plan.coords(1) == Coords(dp=0, pp=0, ring=0, ulysses=0, tp=1)
+    assert plan.coords(2) == Coords(dp=0, pp=0, ring=0, ulysses=1, tp=0)
+    assert plan.coords(4) == Coords(dp=0, pp=0, ring=1, ulysses=0, tp=0)
+    assert plan.coords(8) == Coords(dp=1, pp=0, ring=0, ulysses=0, tp=0)
+    assert plan.coords(16) == Coords(dp=0, pp=1, ring=0, ulysses=0, tp=0)
+    assert str(plan.coords(30)) == "dp1 pp1 ring1 uly1 tp0"
+
+
+@given(ring=DEGREES, dp=DEGREES)
+def test_resolve_fills_in_dp(ring, dp):
+    plan = ParallelPlan(ring=ring).resolve(ring * dp)
+    assert plan.dp == dp
+    assert plan == ParallelPlan(ring=ring, dp=dp).resolve(ring * dp)
+    assert plan.resolve(ring * dp) is plan
+
+
+def test_resolve_names_what_would_fit():
+    with pytest.raises(PlanError) as error:
+        ParallelPlan(ring=4).resolve(6)
+    assert str(error.value) == (
+        "1 problem with this plan (dp rest, pp 1, ring 4, ulysses 1, tp 1, world 6)\n"
+        "  1. world size 6 is not a multiple of pp * ring * ulysses * tp = 4\n"
+        "       start 4 or 8 processes, or use ring 1, 2, 3, 6 alone"
+    )
+    with pytest.raises(PlanError, match=r"start 4 processes, or use ring 1 alone"):
+        ParallelPlan(ring=4).resolve(1)
+    with pytest.raises(PlanError, match=r"= 8, but the world has 4 processes\n       dp 2 fits"):
+        ParallelPlan(dp=4, ring=2).resolve(4)
+    with pytest.raises(PlanError, match=r"world size 0: at least 1"):
+        ParallelPlan().resolve(0)
+
+
+def test_every_problem_is_listed():
+    with pytest.raises(PlanError) as error:
+        ParallelPlan(pp=2, ulysses=2, tp=2, ring=3, layout="zigzagg").resolve(7)
+    message = str(error.value)
+    assert message.startswith("5 problems with this plan")
+    for axis in ("pp = 2", "ulysses = 2", "tp = 2"):
+        assert axis in message
+    assert message.count("ring 24 with pp 1, ulysses 1, tp 1") == 3
+    assert "did you mean 'zigzag'" in message
+    assert "not a multiple of pp * ring * ulysses * tp = 24" in message
+
+
+@pytest.mark.parametrize("name", ["dp", "pp", "ring", "ulysses", "tp"])
+def test_a_degree_is_at_least_one(name):
+    plan = ParallelPlan(**{name: 0})
+    assert [p.what for p in plan.problems()] == [f"{name} = 0: a degree is at least 1"]
+    assert any(p.what.startswith(f"{name} = 0") for p in plan.check(num_heads=4, num_kv_heads=2, seq_len=64))
+    with pytest.raises(PlanError, match=f"{name} = 0"):
+        plan.resolve(4)
+
+
+def test_check_finds_nothing_where_nothing_is_wrong():
+    assert ParallelPlan(ring=4).check(num_heads=4, num_kv_heads=1, seq_len=1024) == []
+    # Heads are not divided by a ring.
+    assert ParallelPlan(ring=8).check(num_heads=3, num_kv_heads=3, seq_len=16) == []
+
+
+def test_check_names_the_nearest_lengths():
+    (problem,) = ParallelPlan(ring=8).check(num_heads=8, num_kv_heads=2, seq_len=131_080)
+    assert problem.what == "seq_len = 131_080 is not a multiple of 16 (zigzag over ring 8)"
+    assert problem.hint == "nearest: 131_072 or 131_088"
+    (problem,) = ParallelPlan(ring=8).check(num_heads=8, num_kv_heads=2, seq_len=3)
+    assert problem.hint == "nearest: 16"
+
+
+def test_check_finds_heads_that_do_not_group():
+    (problem,) = ParallelPlan().check(num_heads=6, num_kv_heads=4, seq_len=64)
+    assert problem.what == "num_heads 6 is not a multiple of num_kv_heads 4"
+    assert problem.hint == "num_kv_heads may be 1, 2, 3, 6"
+
+
+def test_an_open_plan_has_no_ranks_yet():
+    for ask in (lambda p: p.world_size, lambda p: p.coords(0), lambda p: p.grad_world):
+        with pytest.raises(PlanError, match="resolve"):
+            ask(ParallelPlan(ring=2))
+    with pytest.raises(PlanError, match="rank 4 is not one of the 4"):
+        ParallelPlan(dp=2, ring=2).coords(4)
+
+
+def test_describe_shows_who_holds_what():
+    plan = ParallelPlan(dp=1, ring=2)
+    assert plan.describe(16).splitlines() == [
+        "dp 1, pp 1, ring 2, ulysses 1, tp 1: 2 ranks, layout zigzag",
+        "  rank 0  dp0 pp0 ring0 uly0 tp0  tokens 0-3, 12-15",
+        "  rank 1  dp0 pp0 ring1 uly0 tp0  tokens 4-11",
+    ]
+    assert "tokens" not in plan.describe()
+    striped = ParallelPlan(dp=1, ring=2, layout="striped").describe(1 << 12)
+    assert "tokens 1, 3, 5, 7, ... (2_048 spans)" in striped
+    assert ParallelPlan(dp=1).describe(1 << 20).splitlines()[1].endswith("tokens 0-1_048_575")
