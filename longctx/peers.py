@@ -1,0 +1,325 @@
+"""Attention of one device as a benchmark sees it: our kernels and other people's, behind one pair of calls."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch._functorch import config as functorch_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longctx.kernels import BlockAttention, block_kind, get_kernel, row_delta, state_dtype
+from longctx.layout import Contiguous
+from longctx.masks import AttentionMask, Causal, Documents, Full, KeyRange, SlidingWindow
+
+# Rows and columns of a tile in Flex's block mask: its own default, and what its kernels are tuned for.
+FLEX_BLOCK = 128
+
+
+class Unavailable(Exception):
+    """This implementation cannot do the case here; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One shape and mask to measure.
+
+    Args:
+        mask: "causal", "full", "window" (causal, `window` keys) or "docs" (causal, packed documents of lognormal length,
+            median 4k, sigma 1, the same ones in every run).
+    """
+
+    batch: int
+    seq_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mask: str = "causal"
+    window: int = 4096
+
+    @property
+    def label(self) -> str:
+        """The case in words: `4 x 8k, 16/16 heads of 64, causal`."""
+        mask = f"window {short(self.window)}" if self.mask == "window" else self.mask
+        heads = f"{self.heads}/{self.kv_heads} heads of {self.head_dim}"
+        return f"{self.batch} x {short(self.seq_len)}, {heads}, {mask}"
+
+    @property
+    def rule(self) -> AttentionMask:
+        """The mask as the library says it."""
+        if self.mask == "docs":
+            return Causal() & Documents(_documents(self.seq_len))
+        return {"causal": Causal(), "full": Full(), "window": Causal() & SlidingWindow(self.window)}[self.mask]
+
+    @property
+    def key_range(self) -> KeyRange:
+        return Contiguous().local_range(self.rule, 0, 0, 1, self.seq_len)
+
+    @property
+    def scale(self) -> float:
+        return 1 / math.sqrt(self.head_dim)
+
+    @property
+    def forward_flops(self) -> int:
+        """Two products over the pairs that the mask shows. The backward pass has five: 2.5 times as many."""
+        return 4 * self.batch * self.heads * self.head_dim * self.rule.area(self.seq_len)
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Random q, k, v, dout; the same ones for every implementation."""
+        make = torch.Generator(device).manual_seed(0)
+        heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads, "dout": self.heads}
+        return {
+            name: torch.randn(self.batch, self.seq_len, h, self.head_dim, generator=make, device=device, dtype=dtype)
+            for name, h in heads.items()
+        }
+
+
+def short(size: int) -> str:
+    """8192 as 8k."""
+    return f"{size >> 10}k" if size % 1024 == 0 else str(size)
+
+
+def _documents(seq_len: int) -> tuple[int, ...]:
+    # A generator of its own: the boundaries are part of the case, not of the random state of the run.
+    lengths, ends = random.Random(0), [0]
+    while ends[-1] < seq_len:
+        ends.append(min(seq_len, ends[-1] + max(1, round(lengths.lognormvariate(math.log(4096), 1.0)))))
+    return tuple(ends)
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class Prepared:
+    """What to time. `forward` returns out "b s h d", `backward` dq, dk, dv in the dtype of the inputs.
+
+    Args:
+        parts: further calls worth a row of their own, by metric: "block forward" and "block backward" are a kernel alone,
+            without the casts and sums around it.
+    """
+
+    forward: Callable[[], torch.Tensor]
+    backward: Callable[[], Gradients]
+    parts: dict[str, Callable[[], object]] = field(default_factory=dict)
+
+
+class Contender(ABC):
+    """One implementation: `name` in the results, `title` in tables."""
+
+    name: str
+    title: str
+    is_ours = False
+
+    @abstractmethod
+    def prepare(self, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Prepared:
+        """Compile and run once.
+
+        Raises:
+            Unavailable: with the reason. Any other error counts as one too.
+        """
+
+
+class Ours(Contender):
+    """A registered kernel, called as the library's attention calls it for one whole block."""
+
+    is_ours = True
+
+    def __init__(self, kernel: str) -> None:
+        self.name = kernel
+        self.title = f"ours: {kernel}"
+
+    def prepare(self, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Prepared:
+        kernel, key_range = get_kernel(self.name), case.key_range
+        reason = kernel.supports(device=q.device, dtype=q.dtype, head_dim=case.head_dim, kind=block_kind(key_range))
+        if reason:
+            raise Unavailable(reason)
+        state = kernel.forward(q, k, v, key_range, scale=case.scale)
+        out = state.out.to(q.dtype)
+        delta = row_delta(out, dout)
+        sums = _accumulators(q, k, v)
+
+        def block_backward(delta: torch.Tensor, sums: Gradients) -> None:
+            kernel.backward(
+                dout, q, k, v, state.lse, delta, key_range,
+                scale=case.scale, out=out, dq_acc=sums[0], dk_acc=sums[1], dv_acc=sums[2],
+            )  # fmt: skip
+
+        def backward() -> Gradients:
+            sums = _accumulators(q, k, v)
+            block_backward(row_delta(out, dout), sums)
+            return sums[0].to(q.dtype), sums[1].to(q.dtype), sums[2].to(q.dtype)
+
+        return Prepared(
+            forward=lambda: _forward(kernel, case, q, k, v, key_range),
+            backward=backward,
+            parts={
+                "block forward": lambda: kernel.forward(q, k, v, key_range, scale=case.scale),
+                "block backward": lambda: block_backward(delta, sums),
+            },
+        )
+
+
+def _forward(kernel: BlockAttention, case: Case, q, k, v, key_range: KeyRange) -> torch.Tensor:
+    return kernel.forward(q, k, v, key_range, scale=case.scale).out.to(q.dtype)
+
+
+def _accumulators(*like: torch.Tensor) -> Gradients:
+    dq, dk, dv = (torch.zeros(x.shape, dtype=state_dtype(x.dtype), device=x.device) for x in like)
+    return dq, dk, dv
+
+
+class _Autograd(Contender):
+    """An implementation that torch differentiates: the backward pass runs on one graph, kept."""
+
+    def prepare(self, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Prepared:
+        attend = self.attend(case)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        # A compiled graph may otherwise write into what it saved, and could be run backward only once.
+        with functorch_config.patch(donated_buffer=False):
+            out = attend(*leaves)
+            torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+        def backward() -> Gradients:
+            dq, dk, dv = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+            return dq, dk, dv
+
+        return Prepared(forward=lambda: attend(*leaves), backward=backward)
+
+    @abstractmethod
+    def attend(self, case: Case) -> Callable[..., torch.Tensor]:
+        """The differentiable call on "b s h d"."""
+
+
+class Sdpa(_Autograd):
+    """One backend of torch's scaled_dot_product_attention, and no other in its place."""
+
+    def __init__(self, name: str, title: str, backend: SDPBackend) -> None:
+        self.name, self.title, self.backend = name, title, backend
+
+    def attend(self, case: Case) -> Callable[..., torch.Tensor]:
+        if case.mask not in ("causal", "full"):
+            raise Unavailable(f"no {case.mask} mask but as a dense [S, S] bias")
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            with sdpa_kernel(self.backend):
+                out = F.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    is_causal=case.mask == "causal",
+                    scale=case.scale,
+                    enable_gqa=case.kv_heads != case.heads,
+                )
+            return out.transpose(1, 2)
+
+        return attend
+
+
+class Flex(_Autograd):
+    """torch's compiled flex_attention, with the block mask made from the same intervals."""
+
+    name, title = "flex", "Flex"
+
+    def attend(self, case: Case) -> Callable[..., torch.Tensor]:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        if not torch.cuda.is_available():
+            raise Unavailable("compiled for CUDA devices only")
+        # Every shape is compiled by itself; past a few, dynamo would fall back to the eager form, which is dense.
+        torch._dynamo.reset()
+        compiled = torch.compile(flex_attention, dynamic=False)
+        block_mask = None if case.mask == "full" else flex_block_mask(case, torch.device("cuda"))
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            grouped = case.kv_heads != case.heads
+            return compiled(q, k, v, block_mask=block_mask, scale=case.scale, enable_gqa=grouped).transpose(1, 2)
+
+        return attend
+
+
+def flex_block_mask(case: Case, device: torch.device):
+    """The BlockMask of a case, from its intervals: `create_block_mask` would first make the dense [S, S] mask."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    lo, hi = (x[0] for x in case.key_range.bounds(case.seq_len, case.seq_len))
+    blocks = -(-case.seq_len // FLEX_BLOCK)
+    pad = blocks * FLEX_BLOCK - case.seq_len
+    # Rows beyond the sequence repeat the last one, so that they change no minimum or maximum.
+    first, last = (torch.cat([x, x[-1:].expand(pad)]).view(blocks, FLEX_BLOCK) for x in (lo, hi))
+    start = torch.arange(blocks) * FLEX_BLOCK
+    touched = (first.amin(1)[:, None] < start + FLEX_BLOCK) & (last.amax(1)[:, None] > start)
+    full = (first.amax(1)[:, None] <= start) & (last.amin(1)[:, None] >= start + FLEX_BLOCK)
+
+    def listed(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        counts, order = dense.sum(1), dense.int().argsort(dim=1, descending=True, stable=True)
+        return counts.int()[None, None].to(device), order.int()[None, None].contiguous().to(device)
+
+    lo, hi = lo.to(device), hi.to(device)
+
+    def in_interval(b, h, q, k):
+        return (k >= lo[q]) & (k < hi[q])
+
+    def causal(b, h, q, k):
+        return k <= q
+
+    return BlockMask.from_kv_blocks(
+        *listed(touched & ~full),
+        *listed(full),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=causal if case.mask == "causal" else in_interval,
+        seq_lengths=(case.seq_len, case.seq_len),
+    )
+
+
+class FlashAttention4(_Autograd):
+    """flash-attn-4 (CuTe), where it is installed."""
+
+    name, title = "fa4", "FA4"
+
+    def attend(self, case: Case) -> Callable[..., torch.Tensor]:
+        try:
+            from flash_attn.cute import flash_attn_func
+        except ImportError as error:
+            raise Unavailable(f"flash-attn-4 is not installed ({error})") from error
+        if case.mask == "docs":
+            raise Unavailable("packed documents need its varlen call, whose shapes are others")
+        window = (case.window - 1, 0) if case.mask == "window" else (None, None)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            got = flash_attn_func(q, k, v, softmax_scale=case.scale, causal=case.mask != "full", window_size=window)
+            return got[0] if isinstance(got, tuple) else got
+
+        return attend
+
+
+def contenders(ours: tuple[str, ...]) -> list[Contender]:
+    """Peers first, then our kernels of those names."""
+    return [
+        Sdpa("fa2", "FA2 (torch)", SDPBackend.FLASH_ATTENTION),
+        Flex(),
+        Sdpa("cudnn-torch", "cuDNN (torch)", SDPBackend.CUDNN_ATTENTION),
+        FlashAttention4(),
+        *(Ours(name) for name in ours),
+    ]
+
+
+@contextlib.contextmanager
+def reasons() -> Iterator[list[str]]:
+    """Collect the warnings by which torch says why a backend was refused, instead of printing them."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield said
+        finally:
+            said += [str(w.message).split(" (Triggered")[0] for w in caught]

@@ -1,0 +1,395 @@
+"""Measured figures as CSV files, one row a measurement, and the README's tables made from them.
+
+`benchmarks/results/*.csv` is the only place that numbers live in. `python -m longctx.results --write` puts them into the
+README between `<!-- table: NAME -->` and `<!-- end -->`; `--check` fails where the README says something else.
+`--from-run RUN_DIR --name NAME` adds what a training run measured to `training.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from importlib import metadata
+from pathlib import Path
+
+from longctx.errors import ConfigError, LongCtxError, did_you_mean
+from longctx.metrics import WARMUP_STEPS, read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One number, with all that is needed to judge it.
+
+    Args:
+        name: what was measured, `area/system`, for example `attention/triton`.
+        commit: of this repository; `+` at its end where the code had changes of its own. Empty for others' figures.
+        date: UTC, ISO 8601; empty where a source gives none.
+        gpu: the device's name; gpus: how many.
+        torch, triton: versions.
+        config: the shapes, as a reader would say them.
+        metric, value, unit: `forward`, 402.5, `TFLOP/s`.
+        source: where a figure of others comes from; empty for our own.
+    """
+
+    name: str
+    commit: str
+    date: str
+    gpu: str
+    gpus: int
+    torch: str
+    triton: str
+    config: str
+    metric: str
+    value: float
+    unit: str
+    source: str = ""
+
+
+COLUMNS = tuple(f.name for f in fields(Measurement))
+# Files of our own measurements leave the last column out.
+OWN_COLUMNS = COLUMNS[:-1]
+
+
+def environment(gpu: str, gpus: int = 1, commit: str | None = None) -> dict[str, str | int]:
+    """The columns that say where and when: commit, date, gpu, gpus, torch, triton.
+
+    Args:
+        commit: for a copy of the code that has no git history; None asks git.
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+        "commit": git_commit() if commit is None else commit,
+        "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "gpu": gpu,
+        "gpus": gpus,
+        "torch": version("torch"),
+        "triton": version("triton"),
+    }
+
+
+def version(package: str) -> str:
+    """The installed version of a package, without importing it; "none" if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def git_commit() -> str:
+    """Short commit of this code, with `+` if tracked files under longctx/ differ from it; "unknown" outside of git."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20)
+
+    try:
+        head = git("rev-parse", "--short=10", "HEAD")
+        # An installed copy may lie inside somebody else's repository.
+        if head.returncode or git("ls-files", "--error-unmatch", "longctx/__init__.py").returncode:
+            return "unknown"
+        changed = git("diff", "--quiet", "HEAD", "--", "longctx").returncode != 0
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed else "")
+
+
+def append(path: Path, rows: Iterable[Measurement]) -> None:
+    """Add rows to a CSV file, with a header where the file is new.
+
+    Raises:
+        ConfigError: the file has other columns, or rows with a source are to go where there is no such column.
+    """
+    rows = list(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = COLUMNS if any(row.source for row in rows) else OWN_COLUMNS
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="") as file:
+            header = tuple(next(csv.reader(file), ()))
+        if header not in (COLUMNS, OWN_COLUMNS) or not set(columns) <= set(header):
+            raise ConfigError(f"{path}: its columns are {', '.join(header)}; these rows need {', '.join(columns)}")
+        columns = header
+        new = False
+    else:
+        new = True
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(columns)
+        for row in rows:
+            writer.writerow([f"{row.value:.6g}" if c == "value" else getattr(row, c) for c in columns])
+
+
+def read(path: Path) -> list[Measurement]:
+    """The rows of one file, or of every CSV file of a folder in the order of their names.
+
+    Raises:
+        ConfigError: no such file, other columns, or a value that is no number; names file, line and column.
+    """
+    if path.is_dir():
+        return [row for file in sorted(path.glob("*.csv")) for row in read(file)]
+    if not path.exists():
+        raise ConfigError(f"no such results file: {path}")
+    rows = []
+    with path.open(newline="") as file:
+        reader = csv.reader(file)
+        header = tuple(next(reader, ()))
+        if header not in (COLUMNS, OWN_COLUMNS):
+            raise ConfigError(f"{path}: columns {', '.join(header) or 'missing'}; expected {', '.join(OWN_COLUMNS)}")
+        for cells in reader:
+            where = f"{path}, line {reader.line_num}"
+            if len(cells) != len(header):
+                raise ConfigError(f"{where}: {len(cells)} cells, expected {len(header)}")
+            row: dict = dict(zip(header, cells, strict=True))
+            for column, kind in (("gpus", int), ("value", float)):
+                try:
+                    row[column] = kind(row[column])
+                except ValueError:
+                    raise ConfigError(f"{where}: {column} = {row[column]!r} is not a number") from None
+            rows.append(Measurement(**row))
+    return rows
+
+
+def rows_of_run(run_dir: Path, name: str) -> list[Measurement]:
+    """What a training run measured: medians over its steps without the first `WARMUP_STEPS`, and its peak memory.
+
+    Args:
+        run_dir: holds `metrics.jsonl`; of a run that was resumed, the last start counts.
+        name: of the system, beside its peers in the training table.
+
+    Raises:
+        ConfigError: no metrics there, or too few steps.
+    """
+    path = run_dir / "metrics.jsonl"
+    starts, summaries = read_metrics(path, "run"), read_metrics(path, "summary")
+    if not starts:
+        raise ConfigError(f"{path} has no record of a start: it is not from this version of the trainer")
+    run = starts[-1]
+    steps = [s for s in read_metrics(path) if s["step"] >= run["first_step"] + WARMUP_STEPS]
+    if not steps:
+        raise ConfigError(f"{path}: no step after the first {WARMUP_STEPS}, which warm up; train longer")
+    where = {c: run[c] for c in ("commit", "date", "gpu", "gpus", "torch", "triton")}
+    memory = max(r["peak_memory_bytes"] for r in (*steps, *summaries[-1:]))
+    found = [
+        ("tokens/s", _median(steps, "tokens_per_second"), 1.0, "tokens/s"),
+        ("mfu", _median(steps, "mfu"), 100.0, "%"),
+        ("mfu dense", _median(steps, "mfu_dense"), 100.0, "%"),
+        ("memory", memory, 1 / 2**30, "GiB"),
+    ]
+    return [
+        Measurement(
+            name=f"train/{name}", config=_run_label(run), metric=metric, value=value * factor, unit=unit, **where
+        )
+        for metric, value, factor, unit in found
+        if value is not None
+    ]
+
+
+def _median(steps: Sequence[dict], key: str) -> float | None:
+    values = [step[key] for step in steps if step[key] is not None]
+    return statistics.median(values) if values else None
+
+
+def _run_label(run: dict) -> str:
+    """The model and the sequence of a run: `1.24B parameters, 64k tokens, packed documents`."""
+    # Here: only a run needs the model.
+    from longctx.model import ModelConfig
+
+    model, data = run["config"]["model"], run["config"]["data"]
+    # The scaling of RoPE has no parameters.
+    count = ModelConfig(**{**model, "rope_scaling": None}).shape.num_params
+    number = f"{count / 1e9:.2f}B" if count >= 1e8 else f"{count / 1e6:.2f}M"
+    packed = ", packed documents" if data["mask_documents"] else ""
+    length = data["seq_len"]
+    return f"{number} parameters, {f'{length >> 10}k' if length % 1024 == 0 else length} tokens{packed}"
+
+
+def latest(rows: Iterable[Measurement]) -> list[Measurement]:
+    """The newest row of each (name, gpu, gpus, config, metric), in the order in which these first appear."""
+    newest: dict[tuple, Measurement] = {}
+    for row in rows:
+        key = (row.name, row.gpu, row.gpus, row.config, row.metric)
+        # Of rows of one time, or of none, the later line holds.
+        if key not in newest or row.date >= newest[key].date:
+            newest[key] = row
+    return list(newest.values())
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column left, the others right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _provenance(rows: Sequence[Measurement]) -> str:
+    """Where and when the newest of our own rows was measured."""
+    own = [row for row in rows if not row.source]
+    if not own:
+        return ""
+    row = max(own, key=lambda r: r.date)
+    return f"{row.gpu}, torch {row.torch}, triton {row.triton}, commit {row.commit}, {row.date[:10]}"
+
+
+# system -> column, in order; "*" marks the figures that stand in anchors.csv only.
+_ATTENTION_COLUMNS = {
+    "matmul": "matmul bound",
+    "fa2": "FA2 (torch)",
+    "flex": "Flex",
+    "cudnn-torch": "cuDNN (torch)",
+    "fa4": "FA4",
+    "triton": "**ours: triton**",
+    "cudnn": "**ours: around cuDNN**",
+}
+
+
+def attention_table(rows: Sequence[Measurement]) -> str:
+    """Forward / backward TFLOP/s of one GPU: a row a shape, a column an implementation."""
+    rows = [row for row in rows if row.name.startswith("attention/")]
+    if not rows:
+        return "Not measured yet."
+    tables = []
+    for gpu in dict.fromkeys(row.gpu for row in rows):
+        here = latest([r for r in rows if r.gpu == gpu and not r.source])
+        anchors = latest([r for r in rows if r.gpu == gpu and r.source])
+        cells: dict[tuple[str, str], dict[str, str]] = {}
+        for row in (*anchors, *here):
+            mark = "*" if row.source else ""
+            cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = f"{row.value:.0f}{mark}"
+        known = {**_ATTENTION_COLUMNS, **{s: s for _, s in cells if s not in _ATTENTION_COLUMNS}}
+        systems = [s for s in known if any(system == s for _, system in cells) or s in ("triton", "cudnn")]
+        body = []
+        for config in dict.fromkeys(r.config for r in (*anchors, *here) if r.name != "attention/matmul"):
+            line = [config]
+            for system in systems:
+                # The bound is one figure of the whole run, written in every row.
+                got = cells.get((config, system)) or (system == "matmul" and _any_config(cells, system)) or {}
+                line.append(" / ".join(got.get(m, "-") for m in ("forward", "backward")) if got else "-")
+                if system == "matmul" and got:
+                    line[-1] = got["forward"]
+            body.append(line)
+        note = _provenance(here) or f"{gpu}; ours not measured yet"
+        tables.append(
+            f"{note}; TFLOP/s forward / backward, bf16\n\n{markdown(['batch x length, heads, mask', *(known[s] for s in systems)], body)}"
+        )
+    footnote = "`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`); all other figures of a row come from one run."
+    return "\n\n".join([*tables, footnote])
+
+
+def _any_config(cells: dict[tuple[str, str], dict[str, str]], system: str) -> dict[str, str] | None:
+    return next((got for (_, s), got in cells.items() if s == system), None)
+
+
+_TRAINING_METRICS = {"tokens/s": "tokens/s", "mfu": "MFU", "mfu dense": "MFU if dense", "memory": "peak memory"}
+
+
+def training_table(rows: Sequence[Measurement]) -> str:
+    """Training steps: a row a system and configuration, peers beside ours."""
+    rows = latest([row for row in rows if row.name.startswith("train/")])
+    if not rows:
+        return "Not measured yet."
+    body = []
+    for config, gpus, gpu in dict.fromkeys((r.config, r.gpus, r.gpu) for r in rows):
+        of_config = [r for r in rows if (r.config, r.gpus, r.gpu) == (config, gpus, gpu)]
+        for name in dict.fromkeys(r.name for r in of_config):
+            got = {r.metric: r for r in of_config if r.name == name}
+            line = [
+                config,
+                f"{gpus} x {gpu}",
+                name.split("/", 1)[1] + ("*" if all(r.source for r in got.values()) else ""),
+            ]
+            body.append([*line, *(_with_unit(got[m]) if m in got else "-" for m in _TRAINING_METRICS)])
+    table = markdown(["model, sequence", "GPUs", "system", *_TRAINING_METRICS.values()], body)
+    note = _provenance(rows)
+    return "\n\n".join(
+        filter(None, [table, "`*` from `benchmarks/results/anchors.csv`." + (f" Ours: {note}." if note else "")])
+    )
+
+
+def _with_unit(row: Measurement) -> str:
+    if row.unit == "%":
+        return f"{row.value:.1f} %"
+    if row.unit == "tokens/s":
+        return f"{row.value:_.0f}".replace("_", " ")
+    return f"{row.value:.1f} {row.unit}"
+
+
+def recall_table(rows: Sequence[Measurement]) -> str:
+    """Answers found in another rank's shard."""
+    rows = latest([row for row in rows if row.name.startswith("recall/")])
+    if not rows:
+        return "Not measured yet."
+    body = [[row.config, row.name.split("/", 1)[1], f"{row.value:.1f} {row.unit}"] for row in rows]
+    return markdown(["task", "attention", "answered"], body)
+
+
+TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
+    "attention": attention_table,
+    "training": training_table,
+    "recall": recall_table,
+}
+
+_REGION = re.compile(r"(?P<open><!-- table: (?P<name>[^\n>]*?) -->\n)(?P<text>.*?)(?P<close><!-- end -->)", re.DOTALL)
+
+
+def render(text: str, rows: Sequence[Measurement]) -> str:
+    """`text` with every marked table made anew.
+
+    Raises:
+        ConfigError: a marker names no table, or has no end.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ConfigError(f"<!-- table: {name} --> is not a table: {did_you_mean(name, TABLES)}")
+        return f"{match['open']}\n{TABLES[name](rows)}\n\n{match['close']}"
+
+    starts, regions = text.count("<!-- table: "), len(_REGION.findall(text))
+    if starts != regions:
+        raise ConfigError(f"{starts} table markers but {regions} tables: each needs its <!-- end -->")
+    return _REGION.sub(replaced, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m longctx.results`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m longctx.results", description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", action="store_true", help="make the README's tables from the CSV files")
+    what.add_argument("--check", action="store_true", help="exit 1 if the README says something else than the files")
+    what.add_argument("--from-run", type=Path, metavar="RUN_DIR", help="add a training run's figures to training.csv")
+    parser.add_argument("--name", help="what --from-run calls the system (longctx)", default="longctx")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of CSV files")
+    parser.add_argument("--readme", type=Path, default=README)
+    args = parser.parse_args(argv)
+    try:
+        if args.from_run:
+            rows = rows_of_run(args.from_run, args.name)
+            append(args.results / "training.csv", rows)
+            print("\n".join(f"{row.name}, {row.config}: {row.metric} {_with_unit(row)}" for row in rows))
+            return 0
+        if not args.readme.exists():
+            raise ConfigError(f"no such file: {args.readme}; name one with --readme")
+        old = args.readme.read_text()
+        new = render(old, read(args.results))
+    except LongCtxError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    if args.check:
+        if new != old:
+            print(f"{args.readme} and {args.results} disagree: run python -m longctx.results --write", file=sys.stderr)
+        return int(new != old)
+    args.readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
