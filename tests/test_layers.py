@@ -25,9 +25,11 @@ LAYERS = (
     ("L2", ("parallel.mesh", "parallel.exchange", "parallel.ring", "parallel.loss")),
     ("L3", ("functional",)),
     ("L4", ("attention", "rope", "model")),
-    ("L5", ("tokens", "corpus", "data", "engine", "checkpoint", "metrics")),
-    ("L6 runs", ("watchdog", "launch", "trainer", "config", "results", "testing")),
-    ("L6 commands", ("bench", "draw", "info", "__main__")),
+    ("L5 text and numbers", ("settings", "corpus", "tokens", "data", "metrics", "results")),
+    ("L5 DeepSpeed", ("optim", "deepspeed_setup", "engine", "checkpoint")),
+    ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
+    ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
+    ("L6 commands", ("peers", "bench", "draw", "info", "__main__")),
 )
 LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}
 
