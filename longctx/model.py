@@ -338,6 +338,9 @@ def _uninitialised(cls: type[_Module], *args: object, **kwargs: object) -> _Modu
 
 def _recomputed(layer: nn.Module, x: torch.Tensor, *args: object) -> torch.Tensor:
     """`layer(x, *args)`, keeping x and what attention gave; the rest is computed again in backward."""
+    # torch's default of stopping the recomputation early is relied upon: it ends inside `down_proj`, at the last tensor that
+    # backward needs. That saves the product, and under ZeRO-3 it is what keeps the hook after `down_proj` from giving back
+    # the weight that backward has just gathered.
     return checkpoint(
         layer,
         x,
@@ -345,9 +348,6 @@ def _recomputed(layer: nn.Module, x: torch.Tensor, *args: object) -> torch.Tenso
         use_reentrant=False,
         context_fn=_keep_attention,
         preserve_rng_state=False,  # a layer draws no random numbers
-        # The recomputation ends inside `down_proj`, at the last tensor that backward needs: it saves that product, and under
-        # ZeRO-3 it is what keeps the hook after `down_proj` from giving back the weight that backward has just gathered.
-        early_stop=True,
     )
 
 
