@@ -171,7 +171,7 @@ def picture(drawings: Sequence[Drawing], path: Path) -> None:
     except ImportError as error:
         raise ConfigError("--png needs matplotlib: pip install 'longctx[plot]'") from error
     first = drawings[0]
-    figure = Figure(figsize=(10, 0.6 + 2.2 * len(drawings)), layout="constrained")
+    figure = Figure(figsize=(10, 0.6 + 1.7 * len(drawings)), layout="constrained")
     figure.suptitle(f"{first.seq_len:_} tokens on a ring of {first.ring}, {describe(first.mask)}")
     tops = figure.subplots(len(drawings), 2, squeeze=False, width_ratios=(2, 1))
     scale = max(float(d.shares.max()) for d in drawings)
@@ -196,7 +196,7 @@ def picture(drawings: Sequence[Drawing], path: Path) -> None:
                 ha="center",
                 va="center",
                 fontsize=8,
-                color="white" if share > scale / 2 else "black",
+                color="white" if share > 0.55 * scale else "black",
             )
         right.set(title=f"work, slowest / mean {d.imbalance:.2f}", xlabel="hop", ylabel="rank")
         right.set_xticks(range(d.ring) if d.ring <= 16 else [])

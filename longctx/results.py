@@ -359,17 +359,22 @@ def render(text: str, rows: Sequence[Measurement]) -> str:
     return _REGION.sub(replaced, text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m longctx.results`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m longctx.results", description=__doc__.splitlines()[0])
-    what = parser.add_mutually_exclusive_group(required=True)
+def parser() -> argparse.ArgumentParser:
+    """The command line of `python -m longctx.results`."""
+    p = argparse.ArgumentParser(prog="python -m longctx.results", description=__doc__.splitlines()[0])
+    what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", action="store_true", help="make the README's tables from the CSV files")
     what.add_argument("--check", action="store_true", help="exit 1 if the README says something else than the files")
     what.add_argument("--from-run", type=Path, metavar="RUN_DIR", help="add a training run's figures to training.csv")
-    parser.add_argument("--name", help="what --from-run calls the system (longctx)", default="longctx")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of CSV files")
-    parser.add_argument("--readme", type=Path, default=README)
-    args = parser.parse_args(argv)
+    p.add_argument("--name", help="what --from-run calls the system (longctx)", default="longctx")
+    p.add_argument("--results", type=Path, default=RESULTS, help="folder of CSV files")
+    p.add_argument("--readme", type=Path, default=README)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m longctx.results`; returns the exit code."""
+    args = parser().parse_args(argv)
     try:
         if args.from_run:
             rows = rows_of_run(args.from_run, args.name)

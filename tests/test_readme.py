@@ -1,0 +1,155 @@
+"""What the README says is so: its code runs, its commands exist, its settings and files are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import longctx
+from longctx import bench, draw, info, results
+from longctx.__main__ import COMMANDS, TrainArguments
+from longctx.config import Config, key_names, load_config
+
+ROOT = Path(longctx.__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CODE = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+PYTHON = [text for language, text in CODE if language == "python"]
+COMMAND_LINES = [line for language, text in CODE if language == "bash" for line in text.splitlines()]
+
+
+def test_the_blocks_are_of_known_languages():
+    assert {language for language, _ in CODE} == {"python", "bash"}
+    assert len(PYTHON) == 2
+    assert len(README.split("```")) == 2 * len(CODE) + 1
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=["five_lines", "own_transformer"])
+def test_python_runs(code, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        env={"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_first_example_is_five_lines_and_its_imports():
+    lines = [line for line in PYTHON[0].splitlines() if line and not line.startswith(("import ", "from "))]
+    assert len(lines) <= 5
+
+
+def _make(words):
+    run = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+
+
+def _train(words, world_size):
+    arguments = TrainArguments.parse(words)
+    assert arguments.config is None or (ROOT / arguments.config).is_file(), f"no {arguments.config}"
+    config = load_config(arguments.config and ROOT / arguments.config, arguments.overrides)
+    assert config.check(arguments.world_size or world_size) == []
+
+
+def _longctx(words):
+    command, *rest = words
+    assert command in COMMANDS
+    if command == "layout":
+        assert draw.main(rest) == 0
+    elif command == "info":
+        assert info.main(rest) == 0
+    elif command == "bench" and "--smoke" in rest:
+        assert bench.main(rest) == 0
+    elif command == "bench":
+        args = bench.parser().parse_args(rest)
+        assert bench._cases(args)
+        assert bench._entrants(args)
+    else:
+        pytest.fail(f"longctx {command} in the README is run by no test")
+
+
+def _pip(words):
+    assert words[0] == "install"
+    for constraints in (words[i + 1] for i, word in enumerate(words) if word == "-c"):
+        assert (ROOT / constraints).is_file()
+    pinned = (ROOT / ".constraints.txt").read_text().splitlines()
+    for requirement in (word for word in words if "==" in word):
+        assert requirement in pinned, f"{requirement} is not what .constraints.txt says"
+
+
+def _python(words):
+    if words[0] == "train.py":
+        _train(words[1:], world_size=1)
+    else:
+        assert words[:2] == ["-m", "longctx.results"]
+        args = results.parser().parse_args(words[2:])
+        assert args.write or args.from_run or results.main(words[2:]) == 0
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_commands_are_there_and_take_these_arguments(line, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    program, *words = shlex.split(line)
+    match program:
+        case "make":
+            _make(words)
+        case "pip":
+            _pip(words)
+        case "longctx":
+            _longctx(words)
+        case "python":
+            _python(words)
+        case "torchrun":
+            world = int(words[words.index("--nproc-per-node") + 1])
+            _train(words[words.index("train.py") + 1 :], world)
+        case _:
+            pytest.fail(f"no test runs {program!r}")
+
+
+def test_the_settings_and_their_defaults_are_right():
+    rows = re.findall(r"^\| `(\w+\.\w+)` \| `([^`]*)` \|", README, re.MULTILINE)
+    assert len(rows) >= 8
+    config = Config()
+    for key, default in rows:
+        assert key in key_names()
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        assert default == (
+            "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        ), key
+
+
+def test_every_module_is_in_the_reading_order():
+    reading = README.split("## Reading the code")[1]
+    named = set(re.findall(r"`([\w/]+\.py)`", reading))
+    there = {str(p.relative_to(ROOT / "longctx")) for p in (ROOT / "longctx").rglob("*.py")}
+    assert named == there - {"__init__.py", "parallel/__init__.py"}
+
+
+def test_named_files_and_make_targets_exist():
+    for path in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+    for path in re.findall(r"`((?:configs|tests|benchmarks)/[\w./]+)`", README):
+        assert (ROOT / path).is_file(), path
+    for target in re.findall(r"`make ([\w-]+)`", README):
+        _make([target])
+
+
+def test_extras_named_in_messages_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for path in (ROOT / "longctx").rglob("*.py"):
+        for extra in re.findall(r"longctx\[(\w+)\]", path.read_text()):
+            assert extra in extras, f"{path.name} names the extra {extra}"
+
+
+def test_context_parallel_is_said_once_so_that_people_find_it():
+    assert README.count("context parallel") == 1
