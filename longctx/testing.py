@@ -299,24 +299,31 @@ class _MemoryLink:
         self.peers = tuple(range(world))
         self._boxes = boxes
         self._timeout_s = timeout_s
+        # Receives that were posted and not yet filled, by source: messages fill them in this order, whoever waits first.
+        self._posted: dict[int, list[torch.Tensor]] = {}
 
     def swap(self, send: torch.Tensor, receive: torch.Tensor, *, to: int, source: int) -> Callable[[], None]:
         # Copied now: the sender may reuse its buffer as soon as its own wait returns.
         self._boxes[self.rank, to].put(send.detach().clone())
-        # Whoever reads before waiting gets NaN, not what happened to be there.
-        receive.fill_(float("nan"))
+        if receive.is_floating_point():
+            # Whoever reads before waiting gets NaN, not what happened to be there.
+            receive.fill_(float("nan"))
+        posted = self._posted.setdefault(source, [])
+        posted.append(receive)
 
         def wait() -> None:
-            try:
-                sent = self._boxes[source, self.rank].get(timeout=self._timeout_s)
-            except queue.Empty:
-                raise RuntimeError(f"no message within {self._timeout_s:g} s") from None
-            if sent is None:
-                raise RuntimeError(f"ring rank {source} failed")
-            if sent.shape != receive.shape or sent.dtype != receive.dtype:
-                raise RuntimeError(
-                    f"got {list(sent.shape)} {sent.dtype}, expected {list(receive.shape)} {receive.dtype}"
-                )
-            receive.copy_(sent)
+            while any(buffer is receive for buffer in posted):
+                self._fill(posted.pop(0), source)
 
         return wait
+
+    def _fill(self, receive: torch.Tensor, source: int) -> None:
+        try:
+            sent = self._boxes[source, self.rank].get(timeout=self._timeout_s)
+        except queue.Empty:
+            raise RuntimeError(f"no message within {self._timeout_s:g} s") from None
+        if sent is None:
+            raise RuntimeError(f"ring rank {source} failed")
+        if sent.shape != receive.shape or sent.dtype != receive.dtype:
+            raise RuntimeError(f"got {list(sent.shape)} {sent.dtype}, expected {list(receive.shape)} {receive.dtype}")
+        receive.copy_(sent)

@@ -129,6 +129,7 @@ class RingExchange:
             DistributedError: the message could not be posted.
         """
         assert self._link is not None, "a ring of one has nobody to send to"
+        assert shift % self.world, "a message to oneself"
         assert tensor.is_contiguous(), "messages are contiguous"
         to, source = (self.rank + shift) % self.world, (self.rank - shift) % self.world
         received = self._spare(purpose, tensor) if into is None else into

@@ -95,7 +95,8 @@ class ParallelMesh:
 
         Raises:
             PlanError: the plan does not fit the world, or needs what is not available.
-            DistributedError: several processes are needed but none or the wrong backend was initialised; no contact.
+            DistributedError: several processes are needed but none, or a backend that cannot carry the device's tensors, was
+                initialised; the device is not the current one; no contact.
         """
         device = torch.device(device)
         is_alone = not dist.is_initialized()
@@ -141,6 +142,11 @@ def _world_size(plan: ParallelPlan) -> int:
 
 
 def _check_backend(device: torch.device) -> None:
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        raise DistributedError(
+            f"the mesh is to live on {device}, but the current device is cuda:{torch.cuda.current_device()}\n"
+            f"       call torch.cuda.set_device({device.index}) before init_process_group"
+        )
     try:
         dist.distributed_c10d._get_default_group()._get_backend(device)
     except RuntimeError as error:

@@ -24,6 +24,9 @@ from longctx.parallel.schedule import CACHED_SCHEDULES, unpack_hops
 
 Hops = list[tuple[int, KeyRange]]
 
+# Kernels whose backward makes delta of out and dout, whatever delta it is given.
+_OWN_DELTA = ("cudnn",)
+
 
 @torch.library.custom_op(
     "longctx::ring_attention",
@@ -196,19 +199,20 @@ def _accumulator(like: Tensor) -> Tensor:
 
 
 def _backward_kernel(name: str, q: Tensor, key_range: KeyRange, dlse: Tensor | None) -> BlockAttention:
-    """The kernel for one block's backward. A gradient of lse reaches the scores through delta only."""
+    """The kernel for one block's backward. A gradient of lse reaches the scores through delta alone."""
     chosen = select_kernel(name, q, key_range)
-    if dlse is None or not getattr(chosen, "computes_delta", False):
+    if dlse is None or chosen.name not in _OWN_DELTA:
         return chosen
     if name != "auto":
-        raise KernelError(f"kernel {name!r} computes delta itself, so it has no gradient for lse; use kernel='auto'")
-    others = kernel_names()[kernel_names().index(chosen.name) + 1 :]
-    for other in others:
-        try:
-            return _backward_kernel(other, q, key_range, dlse)
-        except KernelError as error:
-            refused = error
-    raise refused
+        raise KernelError(f"kernel {name!r} computes delta itself, so it has no gradient for lse; use kernel 'auto'")
+    refused = []
+    for other in kernel_names():
+        if other not in _OWN_DELTA:
+            try:
+                return select_kernel(other, q, key_range)
+            except KernelError as error:
+                refused.append(str(error))
+    raise KernelError("no attention kernel has a gradient for lse here\n" + "\n".join(refused))
 
 
 # table and rows of a schedule -> its hops, whose key ranges remember what they made on each device. The tensors are kept

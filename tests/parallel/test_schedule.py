@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_masks import dense, from_intervals, mask_strategy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ring_cases import LAYOUTS
 
@@ -26,6 +26,7 @@ def draw_ring(data, layout: str, world: int, batch: int | None = None):
 
 @pytest.mark.parametrize("batch", [None, 2], ids=["one_rule", "own_rules"])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=40)
 @given(data=st.data(), world=WORLDS)
 def test_hops_show_exactly_what_the_mask_shows(layout, batch, data, world):
     mask, seq_len, schedules = draw_ring(data, layout, world, batch)
@@ -44,6 +45,7 @@ def test_hops_show_exactly_what_the_mask_shows(layout, batch, data, world):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=40)
 @given(data=st.data(), world=WORLDS)
 def test_all_ranks_make_the_same_hops_and_none_for_nothing(layout, data, world):
     mask, seq_len, schedules = draw_ring(data, layout, world)
@@ -59,6 +61,7 @@ def test_all_ranks_make_the_same_hops_and_none_for_nothing(layout, data, world):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=40)
 @given(data=st.data(), world=WORLDS)
 def test_packed_hops_say_the_same(layout, data, world):
     _, seq_len, schedules = draw_ring(data, layout, world, data.draw(st.sampled_from([None, 3])))

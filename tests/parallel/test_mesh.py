@@ -1,0 +1,134 @@
+"""The mesh on four processes: who is on which axis, and that every group really connects its ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longctx.errors import DistributedError, PlanError
+from longctx.parallel.mesh import Axis, ParallelMesh
+from longctx.parallel.plan import ParallelPlan
+from longctx.testing import run_distributed
+
+AXES = ("ring", "sp", "dp", "grad")
+
+
+def _axes(mesh: ParallelMesh) -> dict[str, Axis]:
+    return {name: getattr(mesh, name) for name in AXES}
+
+
+def _sums(mesh: ParallelMesh) -> dict[str, int]:
+    """The sum of 10^rank over each axis: shows exactly who took part."""
+    sums = {}
+    for name, axis in _axes(mesh).items():
+        x = torch.tensor(10**mesh.rank)
+        if axis.group is not None:
+            dist.all_reduce(x, group=axis.group)
+        sums[name] = int(x)
+    return sums
+
+
+def _neighbours(mesh: ParallelMesh) -> list[int]:
+    """Global ranks heard from one step behind and one step ahead on the ring."""
+    token = torch.tensor([mesh.rank])
+    return [int(mesh.exchange.rotate(token, shift, purpose="test", what="test").wait()) for shift in (1, -1)]
+
+
+def mesh_worker(rank: int) -> dict:
+    found = {}
+    meshes = {}
+    # Three meshes in one process, alive together.
+    for name, plan in {
+        "dp2_ring2": ParallelPlan(ring=2),
+        "ring4": ParallelPlan(ring=4, layout="striped"),
+        "dp4": ParallelPlan(),
+    }.items():
+        meshes[name] = ParallelMesh.create(plan, device="cpu")
+    for name, mesh in meshes.items():
+        found[name] = {
+            "prefix": mesh.prefix,
+            "ranks": {n: a.ranks for n, a in _axes(mesh).items()},
+            "places": {n: a.rank for n, a in _axes(mesh).items()},
+            "without_group": [n for n, a in _axes(mesh).items() if a.group is None],
+            "sums": _sums(mesh),
+            "neighbours": _neighbours(mesh) if mesh.ring.size > 1 else None,
+            "handle": mesh.exchange.handle,
+            "same_exchange": mesh.exchange is mesh.exchange,
+            "dp": mesh.plan.dp,
+            "shares_ring_group": mesh.ring.group is not None and mesh.ring.group is mesh.sp.group,
+        }
+    try:
+        ParallelMesh.create(ParallelPlan(ring=3), device="cpu")
+    except PlanError as error:
+        found["refused"] = str(error)
+    try:
+        ParallelMesh.create(ParallelPlan(ring=4), device="xpu")
+    except DistributedError as error:
+        found["wrong_backend"] = str(error)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict]:
+    return run_distributed(mesh_worker, world=4)
+
+
+def test_axes(found):
+    ranks = [f["dp2_ring2"]["ranks"] for f in found]
+    assert [r["ring"] for r in ranks] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert [r["sp"] for r in ranks] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert [r["dp"] for r in ranks] == [(0, 2), (1, 3), (0, 2), (1, 3)]
+    assert {r["grad"] for r in ranks} == {(0, 1, 2, 3)}
+    assert [f["dp2_ring2"]["places"]["ring"] for f in found] == [0, 1, 0, 1]
+    assert [f["dp2_ring2"]["places"]["dp"] for f in found] == [0, 0, 1, 1]
+    assert found[3]["dp2_ring2"]["prefix"] == "[rank 3 | dp1 pp0 ring1 uly0 tp0]"
+
+
+@pytest.mark.parametrize("name", ["dp2_ring2", "ring4", "dp4"])
+def test_groups_connect_the_ranks_of_their_axis(found, name):
+    for f in found:
+        assert f[name]["sums"] == {axis: sum(10**r for r in ranks) for axis, ranks in f[name]["ranks"].items()}
+        assert f[name]["without_group"] == [axis for axis, ranks in f[name]["ranks"].items() if len(ranks) == 1]
+        assert f[name]["same_exchange"]
+        # Reductions never stand in the ring's way.
+        assert not f[name]["shares_ring_group"]
+
+
+def test_rings_are_closed(found):
+    assert [f["ring4"]["neighbours"] for f in found] == [[3, 1], [0, 2], [1, 3], [2, 0]]
+    assert [f["dp2_ring2"]["neighbours"] for f in found] == [[1, 1], [0, 0], [3, 3], [2, 2]]
+    for f in found:
+        assert f["dp4"]["handle"] == ""
+        assert f["dp4"]["dp"] == 4
+        assert f["ring4"]["handle"] != f["dp2_ring2"]["handle"] != ""
+
+
+def test_every_rank_refuses_a_plan_that_does_not_fit(found):
+    assert {f["refused"] for f in found} == {found[0]["refused"]}
+    assert "world size 4 is not a multiple" in found[0]["refused"]
+
+
+def test_a_backend_that_cannot_carry_the_device_is_refused(found):
+    for f in found:
+        assert "'gloo' cannot carry xpu tensors" in f["wrong_backend"]
+
+
+def test_one_process_needs_no_process_group():
+    assert not dist.is_initialized()
+    mesh = ParallelMesh.create(ParallelPlan(), device="cpu")
+    assert (mesh.rank, mesh.world_size, mesh.plan.dp) == (0, 1, 1)
+    assert all(axis.group is None and axis.ranks == (0,) for axis in _axes(mesh).values())
+    assert mesh.exchange.world == 1
+
+
+def test_several_processes_need_one():
+    with pytest.raises(DistributedError, match="torchrun"):
+        ParallelMesh.create(ParallelPlan(ring=2), device="cpu")
+    with pytest.raises(DistributedError, match="torchrun"):
+        ParallelMesh.create(ParallelPlan(dp=2), device="cpu")
+
+
+def test_what_is_not_there_yet_is_refused():
+    with pytest.raises(PlanError, match="ring 2 with pp 1"):
+        ParallelPlan(ulysses=2).resolve(2)
