@@ -1,0 +1,135 @@
+"""What DeepSpeed is told, and what must be arranged before it is used.
+
+DeepSpeed's data-parallel world is every process that holds a piece of the step's tokens, dp x sp of them, and it hears
+nothing of the sequence axis. Gradient averaging, ZeRO partitions, the gradient norm and overflow checks are then right in
+every ZeRO stage; every other way of telling it about sequences is wrong in some stage. It keeps that world in a module
+global, so a process can hold engines over one set of processes only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.errors import DistributedError
+
+if TYPE_CHECKING:
+    from longctx.engine import EngineConfig
+    from longctx.optim import OptimConfig
+    from longctx.parallel.mesh import ParallelMesh
+
+# Elements per communication bucket of ZeRO: 200 MB in fp32. DeepSpeed's default, 5e8, holds 2 GB beside the model.
+BUCKET_ELEMENTS = 50_000_000
+
+
+def deepspeed_config(engine: EngineConfig, optim: OptimConfig, *, dtype: str, grad_world: int) -> dict[str, Any]:
+    """DeepSpeed's settings. What it would choose silently is always written out."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": engine.micro_batch_size,
+        "gradient_accumulation_steps": engine.accumulation_steps,
+        "train_batch_size": engine.micro_batch_size * engine.accumulation_steps * grad_world,
+        # Stage 0 in fp32 is clipped by TrainEngine, which needs the norm that DeepSpeed keeps to itself there.
+        "gradient_clipping": optim.gradient_clipping if engine.zero_stage else 0.0,
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "stage3_param_persistence_threshold": engine.zero3_keep_elements,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 60,
+        "wall_clock_breakdown": False,
+    }
+    if dtype == "bf16":
+        # A step whose gradient is not finite is left out instead of applied, as the fp32 optimizers do anyway.
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+class FoldedWorld:
+    """The `mpu` that DeepSpeed asks for its groups: data parallel over dp x sp, no model parallelism.
+
+    It must have no method about sequences: with one, ZeRO-3 partitions over dp only and leaves sp unreduced.
+    """
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        self.rank, self.ranks = mesh.grad.rank, tuple(mesh.grad.ranks)
+        if mesh.world_size == 1:
+            self._group = self._alone = dist.group.WORLD
+            return
+        self._group = mesh.grad.group
+        # DeepSpeed sums norms over the model-parallel group, and None would mean the whole world to it.
+        self._alone = dist.new_group([mesh.rank], use_local_synchronization=True)
+
+    def get_data_parallel_rank(self) -> int:
+        return self.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return len(self.ranks)
+
+    def get_data_parallel_group(self) -> Any:
+        return self._group
+
+    def get_data_parallel_group_ranks(self) -> tuple[int, ...]:
+        return self.ranks
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_group(self) -> Any:
+        return self._alone
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_pipeline_model_parallel_world_size = get_model_parallel_world_size
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """deepspeed, set to the type of device in use, its own log quietened to warnings. Importing it takes seconds."""
+    # Read once, at its first import; without it DeepSpeed takes a GPU that it sees, also for a run on the CPU.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # DeepSpeed asks for the launcher's variable also where there was no launcher.
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce, which only its inference uses: half a minute, a C++
+    # compiler, and segments in /dev/shm whose fixed names two runs of one user would share.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # torch 2.13 renamed collectives that DeepSpeed 0.19 calls many times a step.
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning, r"torch\.distributed"
+    )
+    chosen = deepspeed.get_accelerator().device_name()
+    if chosen != device.type:
+        raise DistributedError(
+            f"DeepSpeed was set to {chosen!r}, but this run is on {device.type!r}\n"
+            f"       set the environment variable DS_ACCELERATOR={device.type}, or unset it, before deepspeed is imported"
+        )
+    return deepspeed
+
+
+def check_one_world(deepspeed: Any, mesh: ParallelMesh) -> None:
+    """Refuse a second set of processes in this process: engines over the first would silently reduce over the second.
+
+    Raises:
+        DistributedError: an earlier engine spans other ranks.
+    """
+    earlier = deepspeed.utils.groups.mpu
+    ranks = tuple(mesh.grad.ranks)
+    if isinstance(earlier, FoldedWorld) and earlier.ranks != ranks:
+        raise DistributedError(
+            f"{mesh.prefix} an earlier engine of this process spans the ranks {list(earlier.ranks)}, this one "
+            f"{list(ranks)}\n       DeepSpeed keeps one set per process: start a new process for another plan"
+        )

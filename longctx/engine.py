@@ -1,0 +1,380 @@
+"""The training engine: one optimizer step over all processes through DeepSpeed, and the one gradient rule.
+
+`scaled_loss` is the only place that knows how a micro-batch's loss enters the mean over the step. It fits what
+`deepspeed_setup` tells DeepSpeed: that its data-parallel world is dp x sp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from longctx.deepspeed_setup import FoldedWorld, check_one_world, deepspeed_config, import_deepspeed
+from longctx.errors import (
+    ConfigError,
+    DataError,
+    DistributedError,
+    NonFiniteError,
+    Problem,
+    did_you_mean,
+    format_problems,
+)
+from longctx.kernels import kernel_names
+from longctx.optim import OptimConfig, lr_at, parameter_groups
+
+if TYPE_CHECKING:
+    from longctx.data import ShardedBatch
+    from longctx.model import ModelConfig
+    from longctx.parallel.mesh import ParallelMesh
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a step is computed.
+
+    Args:
+        zero_stage: what DeepSpeed spreads over the dp x sp processes: 0 nothing, 1 the optimizer's state, 2 and gradients,
+            3 and parameters.
+        dtype: of parameters and activations; the optimizer always works on fp32. "auto": bf16 on CUDA, fp32 elsewhere.
+        micro_batch_size: sequences of one forward pass.
+        accumulation_steps: forward and backward passes of one optimizer step.
+        activation_checkpointing: recompute activations in backward; attention's result is kept.
+        kernel: attention kernel; "auto" takes the fastest that can do the work.
+        fused: fused norms, RoPE, SwiGLU and loss: "auto" where they are installed and there is a GPU, "on", "off".
+        zero3_keep_elements: with ZeRO-3, parameters of fewer elements stay whole on every process.
+    """
+
+    zero_stage: int = 1
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    micro_batch_size: int = 1
+    accumulation_steps: int = 1
+    activation_checkpointing: bool = False
+    kernel: str = "auto"
+    fused: Literal["auto", "on", "off"] = "auto"
+    zero3_keep_elements: int = 100_000
+
+    def resolved_dtype(self, device_type: str) -> str:
+        """ "fp32" or "bf16"."""
+        return ("bf16" if device_type == "cuda" else "fp32") if self.dtype == "auto" else self.dtype
+
+    def problems(self, device_type: str | None = None) -> list[Problem]:
+        """What is wrong with these settings on that type of device; None: CUDA where there is one, else the CPU."""
+        found = []
+        for name, allowed in (
+            ("zero_stage", (0, 1, 2, 3)),
+            ("dtype", ("auto", "fp32", "bf16")),
+            ("fused", ("auto", "on", "off")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                found.append(
+                    Problem(f"engine.{name} = {value!r} is not known", f"one of {', '.join(map(str, allowed))}")
+                )
+        for name, least in (("micro_batch_size", 1), ("accumulation_steps", 1), ("zero3_keep_elements", 0)):
+            value = getattr(self, name)
+            if value < least:
+                found.append(Problem(f"engine.{name} = {value}: it must be {least} or more"))
+        if self.kernel != "auto" and self.kernel not in kernel_names():
+            found.append(
+                Problem(
+                    f"engine.kernel = {self.kernel!r} is unknown", did_you_mean(self.kernel, ["auto", *kernel_names()])
+                )
+            )
+        if device_type is None:
+            device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.zero_stage == 0 and self.resolved_dtype(device_type) == "bf16":
+            # DeepSpeed 0.19's bf16 optimizer for stage 0 takes a step on zero gradients when it is made.
+            chosen = "" if self.dtype == "bf16" else f" (what {self.dtype!r} means on {device_type})"
+            found.append(
+                Problem(
+                    f"engine.dtype bf16{chosen} with engine.zero_stage 0: DeepSpeed takes a phantom optimizer step there",
+                    "engine.zero_stage 1 does the same arithmetic rightly, also on one process; or engine.dtype fp32",
+                )
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step was.
+
+    Args:
+        loss: mean nats per target token over the whole step, all processes and micro-batches.
+        grad_norm: of the whole gradient, before clipping.
+        lr: the learning rate that was used.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+def scaled_loss(
+    local_sum: torch.Tensor, *, num_target_tokens: int, grad_world: int, accumulation_steps: int
+) -> torch.Tensor:
+    """The gradient rule: what a process backpropagates for one micro-batch.
+
+    DeepSpeed divides by the accumulation steps and averages over the dp x sp processes; undoing both leaves the gradient of
+    `sum of all token losses / num_target_tokens`, however unevenly the targets fall on processes and micro-batches.
+
+    Args:
+        local_sum: sum of this shard's token losses; 0, with a graph, where it holds no target.
+        num_target_tokens: of the whole step: all processes and micro-batches.
+        grad_world: dp * sp.
+    """
+    return local_sum * (grad_world * accumulation_steps / num_target_tokens)
+
+
+class TrainEngine:
+    """A model under DeepSpeed, trained step by step.
+
+    Every process makes it with the same weights (process 0's are broadcast) and calls each method together with all
+    others. With ZeRO-3 the parameters are partitioned here, so each process holds the whole model once, at the start.
+
+    Args:
+        model: `model(batch)` gives the sum of the shard's token losses, an fp32 scalar.
+        mesh: of this process; `torch.distributed` must be initialised, also for one process.
+        engine_config, optim_config: the settings.
+        total_steps: where the learning rate's cosine ends.
+
+    Raises:
+        ConfigError: the settings have problems.
+        DistributedError: no process group, or one of other processes than an earlier engine in this process had.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: ParallelMesh,
+        engine_config: EngineConfig,
+        optim_config: OptimConfig,
+        *,
+        total_steps: int,
+    ) -> None:
+        if not dist.is_initialized():
+            raise DistributedError(
+                "TrainEngine needs torch.distributed, also for one process\n"
+                "       call torch.distributed.init_process_group first, or start through longctx.trainer"
+            )
+        self.mesh, self.config, self.optim, self.total_steps = mesh, engine_config, optim_config, total_steps
+        self.dtype = engine_config.resolved_dtype(mesh.device.type)
+        self.grad_world = len(mesh.grad.ranks)
+        problems = [*engine_config.problems(mesh.device.type), *optim_config.problems()]
+        if problems:
+            raise ConfigError(format_problems("the engine's settings", problems))
+        deepspeed = import_deepspeed(mesh.device)
+        check_one_world(deepspeed, mesh)
+        groups = parameter_groups(model, optim_config.weight_decay)
+        self._weight_decays = [group["weight_decay"] for group in groups]
+        optimizer = torch.optim.AdamW(groups, lr=optim_config.lr, **self._adamw_settings())
+        # Its bf16 optimizer prints memory figures whatever the log level.
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            self.ds, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=deepspeed_config(engine_config, optim_config, dtype=self.dtype, grad_world=self.grad_world),
+                mpu=FoldedWorld(mesh),
+                dist_init_required=False,
+            )
+        log.debug("deepspeed.initialize: %s", printed.getvalue())
+        if self.ds.device.type != mesh.device.type or (self.ds.device.index or 0) != (mesh.device.index or 0):
+            raise DistributedError(
+                f"{mesh.prefix} DeepSpeed works on {self.ds.device}, the mesh on {mesh.device}\n"
+                "       the device of a process must be the one numbered by the environment variable LOCAL_RANK"
+            )
+
+    def train_step(self, step: int, micro_batches: Sequence[ShardedBatch]) -> StepResult:
+        """One optimizer step over `accumulation_steps` micro-batches.
+
+        Costs two small collectives beside DeepSpeed's own: the loss, and the norm.
+
+        Args:
+            step: from 0; it sets the learning rate.
+            micro_batches: this process's shards, `accumulation_steps` of them.
+
+        Raises:
+            NonFiniteError: on all processes alike; parameters and optimizer are as before the step, but gradients are not
+                cleared, so the engine is of no further use.
+            DataError: the step has no target token.
+            DistributedError: the processes do not agree about the step.
+        """
+        loss = self.accumulate(step, micro_batches)
+        return self.update(step, loss, cursor=micro_batches[0].cursor)
+
+    def accumulate(self, step: int, micro_batches: Sequence[ShardedBatch]) -> float:
+        """The first half of `train_step`: forward and backward. Returns the mean loss; `gradients` can be read after it."""
+        expected = self.config.accumulation_steps
+        assert len(micro_batches) == expected, f"{len(micro_batches)} micro-batches for {expected} accumulation steps"
+        self.ds.train()
+        first = micro_batches[0]
+        if not first.num_target_tokens:
+            raise DataError(
+                f"{self.mesh.prefix} step {step}: no token of the samples from cursor {first.cursor} on has a target\n"
+                "       documents of one token have none; check the data, or set data.mask_documents = false"
+            )
+        # float64: the sums of a whole step, exact enough that every process count gives the same mean.
+        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for i, batch in enumerate(micro_batches):
+            local_sum = self.ds(batch)
+            loss = scaled_loss(
+                local_sum,
+                num_target_tokens=batch.num_target_tokens,
+                grad_world=self.grad_world,
+                accumulation_steps=expected,
+            )
+            self.ds.backward(loss)
+            if i + 1 < expected:
+                # Between micro-batches this only counts them.
+                self.ds.step()
+            total += torch.stack([local_sum.detach().double(), (batch.labels != -100).sum().double()])
+        return self._mean_loss(step, total, first)
+
+    def update(self, step: int, loss: float, *, cursor: int) -> StepResult:
+        """The second half of `train_step`: clip and update."""
+        lr = lr_at(step, self.optim, self.total_steps)
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = lr
+        norm: Any = None
+        if self.config.zero_stage == 0:
+            parameters = [p for p in self.ds.module.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            self._check_norm(step, float(norm), cursor)
+            if self.optim.gradient_clipping > 0:
+                nn.utils.clip_grads_with_norm_(parameters, self.optim.gradient_clipping, norm)
+        self.ds.step()
+        if norm is None:
+            norm = self.ds.get_global_grad_norm()
+            self._check_norm(step, float(norm), cursor)
+        return StepResult(loss, float(norm), lr)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[ShardedBatch]) -> float:
+        """Mean nats per target token over `batches`; every process must bring as many. nan where there is no target."""
+        was_training = self.ds.module.training
+        self.ds.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for batch in batches:
+            total += torch.stack([self.ds(batch).double(), (batch.labels != -100).sum().double()])
+        self.ds.train(was_training)
+        loss, targets = self._gather(total).sum(0).tolist()
+        return loss / targets if targets else math.nan
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The whole gradient of each parameter in fp32, between `accumulate` and `update`. For inspection and tests."""
+        from deepspeed.utils import safe_get_full_grad
+
+        found = {}
+        for name, parameter in self.ds.module.named_parameters():
+            # With stages 1 and 2, parameter.grad is this process's own part; the partitions hold the average.
+            partitioned = self.config.zero_stage in (1, 2)
+            grad = parameter.get_full_hp_grad() if partitioned else safe_get_full_grad(parameter)
+            assert grad is not None, f"{name} has no gradient"
+            found[name] = grad.detach().float().clone()
+        return found
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """Every parameter, whole, in the training dtype and on the CPU, on process 0; nothing on the others.
+
+        Every process must call it. With ZeRO-3 one parameter at a time is gathered. A tied parameter appears once.
+        """
+        import deepspeed
+
+        state = {}
+        for name, parameter in self.ds.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.config.zero_stage == 3):
+                if self.mesh.rank == 0:
+                    state[name] = parameter.detach().cpu().clone()
+        return state
+
+    def apply_optim_config(self) -> None:
+        """Set the optimizer to this engine's settings again, after a checkpoint brought its own."""
+        assert len(self.ds.optimizer.param_groups) == len(self._weight_decays), "optimizer groups changed"
+        for group, weight_decay in zip(self.ds.optimizer.param_groups, self._weight_decays, strict=True):
+            group.update(self._adamw_settings(), weight_decay=weight_decay)
+        if self.config.zero_stage:
+            self.ds.optimizer.clip_grad = self.optim.gradient_clipping
+
+    def _adamw_settings(self) -> dict[str, Any]:
+        return {"betas": tuple(self.optim.betas), "eps": self.optim.eps, "fused": self.mesh.device.type == "cuda"}
+
+    def _gather(self, local: torch.Tensor) -> torch.Tensor:
+        """`local` [n] of every process of the grad axis: [dp * sp, n], the same everywhere."""
+        if self.grad_world == 1:
+            return local[None]
+        # A sum of rows of which one is not zero: the name of the gather into one tensor depends on torch's version.
+        everyone = local.new_zeros(self.grad_world, local.numel())
+        everyone[self.mesh.grad.rank] = local
+        dist.all_reduce(everyone, group=self.mesh.grad.group)
+        return everyone
+
+    def _mean_loss(self, step: int, total: torch.Tensor, first: ShardedBatch) -> float:
+        """The step's mean loss from every process's (sum of losses, targets); checks that they fit together."""
+        own = torch.tensor([step, first.cursor, first.num_target_tokens], dtype=torch.float64, device=total.device)
+        rows = self._gather(torch.cat([total, own])).cpu()
+        ranks = self.mesh.grad.ranks
+        if bool((rows[:, 2:] != rows[0, 2:]).any()):
+            told = "; ".join(
+                f"rank {rank}: step {int(s)}, cursor {int(c)}, {int(n)} targets"
+                for rank, (s, c, n) in zip(ranks, rows[:, 2:].tolist(), strict=True)
+            )
+            raise DistributedError(f"{self.mesh.prefix} the processes are not at the same step: {told}")
+        held = int(rows[:, 1].sum())
+        if held != first.num_target_tokens:
+            raise DistributedError(
+                f"{self.mesh.prefix} step {step}: the processes hold {held:_} target tokens, but the batch says "
+                f"{first.num_target_tokens:_}, which scales the gradient"
+            )
+        broken = [rank for rank, loss in zip(ranks, rows[:, 0].tolist(), strict=True) if not math.isfinite(loss)]
+        if broken:
+            where = ", ".join(f"rank {rank} ({self.mesh.plan.coords(rank)})" for rank in broken)
+            value = float(rows[list(ranks).index(broken[0]), 0])
+            raise NonFiniteError(self._non_finite(step, f"the loss is {value} on {where}", first.cursor))
+        return float(rows[:, 0].sum()) / first.num_target_tokens
+
+    def _check_norm(self, step: int, norm: float, cursor: int) -> None:
+        # DeepSpeed reports inf, or -1 from some of its helpers, for a step that it left out.
+        if not math.isfinite(norm) or norm < 0:
+            what = f"the gradient norm is {norm}, with a finite loss on every rank"
+            raise NonFiniteError(self._non_finite(step, what, cursor))
+
+    def _non_finite(self, step: int, what: str, cursor: int) -> str:
+        return (
+            f"{self.mesh.prefix} step {step}: {what}; batch cursor {cursor}\n"
+            "       the parameters were not updated, and the last checkpoint is intact\n"
+            "       try a lower optim.lr, a longer optim.warmup_steps or a smaller optim.gradient_clipping, "
+            "or look at the samples from that cursor on"
+        )
+
+
+def build_engine(
+    model_config: ModelConfig,
+    engine_config: EngineConfig,
+    optim_config: OptimConfig,
+    mesh: ParallelMesh,
+    *,
+    total_steps: int,
+    seed: int = 0,
+) -> TrainEngine:
+    """A new `Transformer` with the weights of `seed`, the same on every process, in a `TrainEngine`."""
+    from longctx.model import Transformer
+
+    model = Transformer(
+        model_config,
+        mesh=mesh,
+        kernel=engine_config.kernel,
+        activation_checkpointing=engine_config.activation_checkpointing,
+        fused=engine_config.fused,
+        seed=seed,
+    )
+    return TrainEngine(model, mesh, engine_config, optim_config, total_steps=total_steps)

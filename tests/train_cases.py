@@ -1,0 +1,128 @@
+"""A tiny model, uneven packed batches for any mesh, and the same steps taken by plain torch on one process."""
+
+from __future__ import annotations
+
+import torch
+
+from longctx.data import ShardedBatch
+from longctx.layout import SequenceMeta, ZigZag
+from longctx.masks import Causal, Documents
+from longctx.model import ModelConfig, Transformer
+from longctx.optim import OptimConfig, lr_at
+
+# 48 divides for zigzag over 1, 2, 3 and 4 ranks; 3 layers of GQA would tell no more than 2.
+SEQ_LEN = 48
+ROWS = 2  # sequences of a micro-batch
+# The large start makes every parameter's gradient one that rounding does not hide.
+MODEL = ModelConfig(
+    vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, init_std=0.2
+)
+# Documents that end inside every rank's shard, on its edges, and after one token; each row of a micro-batch its own.
+BOUNDARIES = (((0, 6, 7, 29, 48), (0, 12, 24, 48)), ((0, 48), (0, 1, 17, 40, 48)))
+
+
+def full_step(
+    step: int, *, dp: int, accumulation: int, starved: tuple[int, int, int] | None = None
+) -> list[list[ShardedBatch]]:
+    """The micro-batches of an optimizer step on whole sequences: [accumulation][dp].
+
+    Targets are uneven everywhere: about 30 % are left out at random, the last micro-batch keeps only a few.
+
+    Args:
+        starved: (dp rank, ring rank, ring world) that holds no target at all.
+    """
+    generator = torch.Generator().manual_seed(1000 + step)
+    shape = (accumulation, dp, ROWS, SEQ_LEN)
+    tokens = torch.randint(0, MODEL.vocab_size, shape, generator=generator)
+    labels = torch.randint(0, MODEL.vocab_size, shape, generator=generator)
+    labels[torch.rand(shape, generator=generator) < 0.3] = -100
+    if accumulation > 1:
+        labels[-1, :, :, 7:] = -100
+    if starved is not None:
+        dp_rank, ring_rank, ring_world = starved
+        labels[:, dp_rank, :, ZigZag().positions(ring_rank, ring_world, SEQ_LEN)] = -100
+    targets = int((labels != -100).sum())
+    return [
+        [
+            ShardedBatch(
+                tokens[m, d],
+                labels[m, d],
+                SequenceMeta.of(SEQ_LEN, mask=Documents(BOUNDARIES[(m + d) % 2]) & Causal()),
+                targets,
+                cursor=step * accumulation * dp * ROWS,
+            )
+            for d in range(dp)
+        ]
+        for m in range(accumulation)
+    ]
+
+
+def shards(full: list[list[ShardedBatch]], mesh) -> list[ShardedBatch]:
+    """What the process of `mesh` holds of `full_step`."""
+    layout, ring = ZigZag(), mesh.ring
+    return [
+        ShardedBatch(
+            layout.shard(of_dp[mesh.dp.rank].tokens, ring.rank, ring.size),
+            layout.shard(of_dp[mesh.dp.rank].labels, ring.rank, ring.size),
+            SequenceMeta.of(
+                SEQ_LEN,
+                mask=of_dp[mesh.dp.rank].meta.mask,
+                layout=layout,
+                ring_rank=ring.rank,
+                ring_world=ring.size,
+            ),
+            of_dp[0].num_target_tokens,
+            of_dp[0].cursor,
+        )
+        for of_dp in full
+    ]
+
+
+def reference_model(config: ModelConfig = MODEL, dtype: torch.dtype = torch.float64) -> Transformer:
+    """The same weights as every engine's model in these tests starts from, without any mesh."""
+    return Transformer(config, kernel="reference", seed=0).to(dtype)
+
+
+def reference_backward(model: Transformer, full: list[list[ShardedBatch]]) -> float:
+    """Gradients of the mean loss over the step's targets by plain autograd; returns that mean."""
+    total = 0.0
+    for of_dp in full:
+        for batch in of_dp:
+            loss = model(batch) / batch.num_target_tokens
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+class ReferenceTrainer:
+    """AdamW, clipping and the learning rate by plain torch, in float64."""
+
+    def __init__(self, optim: OptimConfig, total_steps: int, config: ModelConfig = MODEL) -> None:
+        self.model = reference_model(config)
+        self.optim, self.total_steps = optim, total_steps
+        names = dict(self.model.named_parameters())
+        plain = [p for n, p in names.items() if "norm" in n or "embed" in n or n.endswith("bias")]
+        decayed = [p for p in names.values() if not any(p is q for q in plain)]
+        self.adamw = torch.optim.AdamW(
+            [{"params": decayed}, {"params": plain, "weight_decay": 0.0}],
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+
+    def step(self, step: int, full: list[list[ShardedBatch]]) -> tuple[float, float]:
+        """(mean loss, gradient norm before clipping)."""
+        loss = reference_backward(self.model, full)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.gradient_clipping)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr_at(step, self.optim, self.total_steps)
+        self.adamw.step()
+        self.adamw.zero_grad()
+        return loss, float(norm)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """|got - expected| / |expected|, in float64."""
+    expected = expected.double()
+    return float((got.double() - expected).norm() / expected.norm())
