@@ -153,3 +153,18 @@ def test_extras_named_in_messages_exist():
 
 def test_context_parallel_is_said_once_so_that_people_find_it():
     assert README.count("context parallel") == 1
+
+
+def test_ci_calls_make_test_and_keeps_its_exit_code(tmp_path):
+    """With a `make` that prints a closing line and fails, .ci/run prints that line last and fails too."""
+    fake = tmp_path / "make"
+    fake.write_text(
+        '#!/bin/sh\necho "make $*"\necho "== 1 failed, 2 passed in 3.45s =="\necho "make: *** [test]"\nexit 2\n'
+    )
+    fake.chmod(0o755)
+    run = subprocess.run(
+        [ROOT / ".ci" / "run"], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 2
+    assert run.stdout.splitlines()[0] == "make test"
+    assert run.stdout.splitlines()[-1] == "== 1 failed, 2 passed in 3.45s =="
