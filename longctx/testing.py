@@ -64,17 +64,32 @@ def run_distributed(
             stack of every rank).
     """
     plan = plan.resolve(world) if plan is not None else None
-    context = multiprocessing.get_context("spawn")
+    context = _context(is_fresh=backend == "nccl" or bool(env))
     with tempfile.TemporaryDirectory(prefix="longctx-") as folder:
         workers = []
         try:
             for rank in range(world):
                 workers.append(_Worker(context, rank, world, plan, Path(folder)))
-                workers[-1].start(fn, args, backend, timeout_s, env or {})
+                workers[-1].start(pickle.dumps((fn, args)), backend, timeout_s, os.environ | (env or {}))
             return _collect(workers, timeout_s, set(abandon))
         finally:
             for worker in workers:
                 worker.kill()
+
+
+# More threads than cores make small CPU work slower, not faster. A process that is to fork must have only one.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def _context(is_fresh: bool) -> Any:
+    """How processes start: forked from a server that did nothing but import torch, which saves each of them seconds.
+
+    With `is_fresh` from a new interpreter: CUDA, and what libraries read from the environment when they are imported.
+    """
+    context = multiprocessing.get_context("spawn" if is_fresh else "forkserver")
+    if not is_fresh:
+        context.set_forkserver_preload(["torch.distributed"])
+    return context
 
 
 class _Worker:
@@ -92,19 +107,17 @@ class _Worker:
         self.pipe: Connection
         self._process: Any = None
 
-    def start(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], backend: str, timeout_s: float, env: dict[str, str]
-    ) -> None:
+    def start(self, work: bytes, backend: str, timeout_s: float, env: dict[str, str]) -> None:
         self.pipe, theirs = self._context.Pipe(duplex=False)
         self._process = self._context.Process(
             target=_worker_main,
-            args=(theirs, fn, args, self.rank, self._world, backend, timeout_s, str(self._folder)),
+            args=(theirs, work, self.rank, self._world, backend, timeout_s, str(self._folder), env),
             name=self.name,
             daemon=True,
         )
-        # The new interpreter reads its environment before any of our code could set it.
+        # A new interpreter reads these before any of our code could set them, and the server when it starts.
         before = dict(os.environ)
-        os.environ.update({"OMP_NUM_THREADS": "1", **env})
+        os.environ.update(env | _ONE_THREAD)
         try:
             self._process.start()
         finally:
@@ -195,20 +208,21 @@ def _names(workers: list[_Worker]) -> str:
 
 def _worker_main(
     pipe: Connection,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
+    work: bytes,
     rank: int,
     world: int,
     backend: str,
     timeout_s: float,
     folder: str,
+    env: dict[str, str],
 ) -> None:
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ.clear()
+    os.environ.update(env | _ONE_THREAD | ranks)
     with open(Path(folder) / f"stacks.{rank}", "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         try:
-            # More threads than cores make small CPU work slower, not faster.
             torch.set_num_threads(1)
-            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)})
             device = None
             if backend == "nccl":
                 device = torch.device("cuda", rank)
@@ -221,6 +235,7 @@ def _worker_main(
                 timeout=timedelta(seconds=timeout_s),
                 device_id=device,
             )
+            fn, args = pickle.loads(work)
             message: tuple[str, bytes | str] = ("ok", pickle.dumps(fn(rank, *args)))
         except BaseException:
             message = ("error", traceback.format_exc())
