@@ -315,6 +315,25 @@ class KeyRange:
             )
         return self._per_device[key]
 
+    @cached_property
+    def rectangle(self) -> tuple[int, int, int, int] | None:
+        """(first row, last row, first key, last key), half-open, if the kind is "rows" and the visible pairs are one
+        rectangle: what zigzag's hops other than the diagonal are.
+
+        None also for intervals that lie on a GPU: asking them would wait for it.
+        """
+        lo, hi = self.lo, self.hi
+        if not isinstance(lo, torch.Tensor) or not isinstance(hi, torch.Tensor) or lo.device.type != "cpu":
+            return None
+        rows = (hi > lo).any(0).nonzero().flatten()
+        if not len(rows):
+            return None
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        inside_lo, inside_hi = lo[:, first:last], hi[:, first:last]
+        if not bool((inside_lo == inside_lo[0, 0]).all() and (inside_hi == inside_hi[0, 0]).all()):
+            return None
+        return first, last, int(inside_lo[0, 0]), int(inside_hi[0, 0])
+
     def area(self, sq: int, sk: int, batch: int = 1) -> int:
         """Visible pairs; intervals that hold for every sequence count `batch` times."""
         lo, hi = self.bounds(sq, sk)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -150,27 +150,7 @@ def block_kind(key_range: KeyRange) -> str:
     """
     if key_range.kind == "band" and (key_range.lo, key_range.hi) == (-UNBOUNDED, 1):
         return "causal"
-    return "rectangle" if rectangle(key_range) else key_range.kind
-
-
-@lru_cache(maxsize=1024)
-def rectangle(key_range: KeyRange) -> tuple[int, int, int, int] | None:
-    """(first row, last row, first key, last key), half-open, if the kind is "rows" and the visible pairs are one rectangle.
-
-    None also for intervals that lie on a GPU: asking them would wait for it.
-    """
-    lo, hi = key_range.lo, key_range.hi
-    if not isinstance(lo, torch.Tensor) or not isinstance(hi, torch.Tensor) or lo.device.type != "cpu":
-        return None
-    seen = hi > lo
-    rows = seen.any(0).nonzero().flatten()
-    if not len(rows):
-        return None
-    first, last = int(rows[0]), int(rows[-1]) + 1
-    inside_lo, inside_hi = lo[:, first:last], hi[:, first:last]
-    if not bool((inside_lo == inside_lo[0, 0]).all() and (inside_hi == inside_hi[0, 0]).all()):
-        return None
-    return first, last, int(inside_lo[0, 0]), int(inside_hi[0, 0])
+    return "rectangle" if key_range.rectangle else key_range.kind
 
 
 @cache

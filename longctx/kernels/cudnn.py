@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from longctx.kernels import SoftmaxState, check_block, get_kernel, rectangle
+from longctx.kernels import SoftmaxState, check_block, get_kernel
 from longctx.kernels.merge import merge_block
 from longctx.masks import KeyRange
 
@@ -124,7 +124,7 @@ def _parts(key_range: KeyRange, q: torch.Tensor, k: torch.Tensor) -> Iterator[tu
     elif key_range.kind == "full":
         yield slice(0, sq), slice(0, sk), False
     else:
-        found = rectangle(key_range)
+        found = key_range.rectangle
         assert found is not None, "select_kernel gives cuDNN no other intervals than rectangles"
         first_row, last_row, first_key, last_key = found
         yield slice(first_row, last_row), slice(first_key, last_key), False
