@@ -1,4 +1,4 @@
-"""What a rank says of itself once a second, and what can be read from that and from the errors that it sees."""
+"""What the ranks of a run tell each other beside the process group: signs of life, and why the run ends."""
 
 from __future__ import annotations
 
@@ -39,10 +39,33 @@ class Heartbeat:
     is_done: bool = False
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Why this run ends.
+
+    Args:
+        by, host: the rank that found it, and its machine.
+        wants_stacks: whether each rank should leave the stacks of its threads.
+        culprit: a rank that does not answer.
+    """
+
+    text: str
+    by: int
+    host: str
+    wants_stacks: bool = False
+    culprit: int | None = None
+
+
 def is_communication_error(error: BaseException) -> bool:
-    """Whether `error` is what a rank sees when another one goes away, so that the reason is elsewhere."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and bool(_COMMUNICATION.search(str(error)))
+    """Whether `error`, or one that it came from, is what a rank sees when another goes away: the reason is elsewhere."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return any(
+        isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and bool(_COMMUNICATION.search(str(e))))
+        for e in chain
     )
 
 

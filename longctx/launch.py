@@ -300,8 +300,9 @@ def run(body: Callable[[Launch], None], place: Place | None = None) -> int:
             before = f"{name} " if name else ""
             tell("\n".join(before + line for line in traceback.format_exc().splitlines()))
         code = EXIT_FAILED
-    if dist.is_initialized() and launch.place.world_size > 1:
-        # Peers may be gone: the destructors of the process group would wait for them.
+    if launch.place.world_size > 1:
+        # Peers may be gone, and the destructors of the process group would wait for them; or the launcher's SIGTERM comes
+        # in Python's last moments, which no longer know the handler that keeps the exit code.
         leave_now(code)
     return code
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from longctx.progress import Progress, describe_rates, duration, in_bytes
 # Leaving must not wait for a network: what is not uploaded by then stays on disk, for `wandb sync`.
 WANDB_FINISH_S = 20.0
 WANDB_INIT_S = 30.0
+# One step's loss depends on its text; the summary gives the mean of the last ones.
+SUMMARY_STEPS = 20
 
 
 class Recorder:
@@ -30,6 +33,7 @@ class Recorder:
         self._file: MetricsFile | None = None
         self._first: dict[str, Any] | None = None
         self._last: dict[str, Any] = {}
+        self._losses: deque[float] = deque(maxlen=SUMMARY_STEPS)
         self._began = time.monotonic()
 
     def open(self, file: MetricsFile) -> None:
@@ -49,6 +53,7 @@ class Recorder:
         self.meter.add(work, seconds=seconds, data_seconds=data_seconds)
         self._first = self._first or record
         self._last = record
+        self._losses.append(record["loss"])
         self.progress.advance()
         done = record["step"] + 1
         if done % self.every and done != self.progress.total:
@@ -75,14 +80,17 @@ class Recorder:
         speed = (
             ", ".join(describe_rates(average, unit=self.progress.unit)) if average is not None else "too short to time"
         )
+        loss = sum(self._losses) / len(self._losses)
+        over = f" (mean of the last {len(self._losses)} steps)" if len(self._losses) > 1 else ""
         self.progress.say(
-            f"done      {steps} steps in {duration(took)}, loss {self._first['loss']:.4f} -> {self._last['loss']:.4f}; "
+            f"done      {steps} steps in {duration(took)}, loss {self._first['loss']:.4f} -> {loss:.4f}{over}; "
             f"{speed} (without the first {self.meter.warmup} steps); peak memory {in_bytes(memory)} (largest of all ranks)"
         )
         self.progress.say(f"          checkpoint {saved}, records in {folder}")
         if self._file is not None:
             rates = asdict(average) if average is not None else {}
-            self._file.write("summary", {"steps": steps, "run_seconds": took, "peak_memory_bytes": memory, **rates})
+            facts = {"steps": steps, "run_seconds": took, "loss": loss, "peak_memory_bytes": memory}
+            self._file.write("summary", facts | rates)
 
     def close(self, reason: str) -> None:
         """Nothing more comes, because of `reason`."""

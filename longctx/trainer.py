@@ -7,6 +7,7 @@ Then the engine is built, a checkpoint is loaded if there is one, and the steps 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.distributed as dist
 
-from longctx.checkpoint import TrainState, check_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from longctx.checkpoint import (
+    TrainState,
+    check_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    sharing,
+)
 from longctx.errors import CheckpointError, ConfigError, NonFiniteError, Problem
 from longctx.launch import Launch, Place, StartError
 from longctx.metrics import Meter, MetricsFile, peak_flops, peak_memory_bytes, step_work
@@ -32,6 +40,8 @@ from longctx.watchdog import Watchdog
 if TYPE_CHECKING:
     from longctx.config import Config
     from longctx.engine import TrainEngine
+
+log = logging.getLogger(__name__)
 
 # The process group's own timeout comes after the watchdog's, which knows more and says so.
 GROUP_TIMEOUT_MARGIN_S = 60.0
@@ -146,7 +156,8 @@ class Trainer:
         log_to(self._progress.say if self._progress is not None else None)
         with launch.together("the run's folder"):
             self._lock_run_dir()
-        found = launch.from_first("the checkpoint to resume from", lambda: str(self._find_checkpoint() or ""))
+        shared_out = sharing(config.engine, plan, device.type)
+        found = launch.from_first("the checkpoint to resume from", lambda: str(self._find_checkpoint(shared_out) or ""))
         self.resume_from = Path(found) if found else None
         with launch.together("the data", timeout_s=DATA_TIMEOUT_S):
             self.dataset, self.loader = open_data(config, plan, self.rank, device)
@@ -237,9 +248,19 @@ class Trainer:
             is_last = self.state.step == train.steps
             if is_last or (train.save_every and self.state.step % train.save_every == 0):
                 watchdog.mark(step, "saving a checkpoint")
-                saved = save_checkpoint(
-                    train.checkpoints, self.engine, self.state, fingerprint=asdict(self.config.model), keep=train.keep
-                )
+                try:
+                    saved = save_checkpoint(
+                        train.checkpoints,
+                        self.engine,
+                        self.state,
+                        fingerprint=asdict(self.config.model),
+                        keep=train.keep,
+                    )
+                except CheckpointError as error:
+                    # A disk that is full now may have room at the next one; at the end there is none.
+                    if is_last:
+                        raise
+                    log.warning("no checkpoint at step %d: %s", self.state.step, error)
         watchdog.mark(train.steps, "finishing")
         memory = _largest(peak_memory_bytes(device), device)
         if recorder is not None:
@@ -268,8 +289,8 @@ class Trainer:
             ) from error
         self._lock = lock
 
-    def _find_checkpoint(self) -> Path | None:
-        """Where to go on from: complete and of this model; None: from the start."""
+    def _find_checkpoint(self, shared_out: dict[str, Any]) -> Path | None:
+        """Where to go on from: complete, of this model and shared out so; None: from the start."""
         train = self.config.train
         if train.resume == "never":
             return None
@@ -284,7 +305,7 @@ class Trainer:
                     )
                 return None
             path = newest
-        check_checkpoint(path, asdict(self.config.model))
+        check_checkpoint(path, asdict(self.config.model), shared_out=shared_out)
         return path
 
     def _metrics_file(self) -> MetricsFile:

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from longctx.errors import LongCtxError
-from longctx.heartbeat import Heartbeat, is_communication_error, machine_name, one_line, start_time
+from longctx.heartbeat import Heartbeat, Verdict, is_communication_error, machine_name, one_line, start_time
 from longctx.launch import Place
 from longctx.process import EXIT_FAILED, EXIT_INTERRUPTED, SignalPipe, leave_now, tell
 
@@ -45,16 +45,6 @@ SIGTERM_PATIENCE_S = 6.0
 INTERRUPT_PATIENCE_S = 5.0
 
 _PACKAGE = str(Path(__file__).parent)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why this run ends, who found it, and whether each rank should leave the stacks of its threads."""
-
-    text: str
-    by: int
-    host: str
-    wants_stacks: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,8 @@ class Watchdog:
         self.prefix = f"[rank {place.rank} | {name_of(place.rank)}]"
         # Leave time for the verdict to travel before the process group's own timeout.
         self.hang_s = max(0.9 * timeout_s - 2 * interval_s, 0.5 * timeout_s)
-        self.silent_s = min(SILENT_S, self.hang_s)
+        # A rank that does not even answer is not behind but gone: this must be found out first.
+        self.silent_s = min(SILENT_S, 0.7 * self.hang_s)
 
         self._me = Heartbeat(host=machine_name(), pid=os.getpid(), born=start_time(os.getpid()) or "")
         self._progress = _Progress(0, "start", time.monotonic(), False, 0)
@@ -164,7 +155,7 @@ class Watchdog:
         if isinstance(error, KeyboardInterrupt):
             reason = f"was interrupted (Ctrl-C) {at}"
         else:
-            reason = f"failed {at}: {error if has_message else one_line(error)}"
+            reason = f"failed {at}: {str(error).removeprefix(self.prefix + ' ') if has_message else one_line(error)}"
         mine = self._verdict_on(f"rank {self.place.rank} ({self.name_of(self.place.rank)}) {reason}")
         # In this order: a heartbeat thread that stops without a proposal reports this rank as finished.
         self._proposal = mine
@@ -180,8 +171,7 @@ class Watchdog:
             if self._tells(verdict):
                 tell(f"{self.prefix} {verdict.text}\n{self.prefix} ending this run")
         self.before_exit(verdict.text)
-        if not self.place.store_is_with_launcher and self.place.rank == 0:
-            time.sleep(1.5 * self.interval_s)  # the store leaves with this process: let the others read the verdict
+        self._let_others_read()
 
     def stop(self) -> None:
         """This rank has finished: stop watching. Takes milliseconds."""
@@ -275,26 +265,32 @@ class Watchdog:
         """The verdict that the present evidence allows, if any."""
         now = time.monotonic()
         at = f"at step {self._progress.step} ({self._progress.phase})"
-        dead = self._dead(now)
-        if dead is not None:
-            beat = self._seen[dead]
-            return self._verdict_on(
-                f"rank {dead} ({self.name_of(dead)}) stopped answering at step {beat.step} ({beat.phase})"
-            )
         if self._lost is not None or (self._store is not None and now - self._contact > self.silent_s + 10.0):
             reason = self._lost or f"no answer for {now - self._contact:.0f} s"
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             who = "the launcher" if self.place.store_is_with_launcher else f"rank 0 ({self.name_of(0)})"
             return self._verdict_on(f"{who} stopped answering {at}: no store at {where} ({reason})")
+        dead = self._dead(now)
+        if dead is not None:
+            beat = self._seen[dead]
+            text = f"rank {dead} ({self.name_of(dead)}) stopped answering at step {beat.step} ({beat.phase})"
+            return dataclasses.replace(self._verdict_on(text), culprit=dead)
         stuck = self._stuck()
         if stuck is not None:
             return stuck
-        if self._sigterm_at is not None and now - self._sigterm_at > SIGTERM_PATIENCE_S:
+        if self._sigterm_at is not None and (
+            now - self._sigterm_at > SIGTERM_PATIENCE_S or self._all_alive_since(self._sigterm_at)
+        ):
             others = "" if self._store is None else ", while all ranks were alive"
             return self._verdict_on(f"was told to end (SIGTERM) {at}{others}")
         if self._interrupt_at is not None and now - self._interrupt_at > INTERRUPT_PATIENCE_S:
             return self._verdict_on(f"was interrupted (Ctrl-C) {at}")
         return None
+
+    def _all_alive_since(self, moment: float) -> bool:
+        """Whether every other rank has given a sign of life well after `moment`."""
+        others = [r for r in range(self.place.world_size) if r != self.place.rank]
+        return all(self._changed.get(r, 0.0) > moment + 1.5 * self.interval_s for r in others)
 
     def _dead(self, now: float) -> int | None:
         """A rank whose process is gone, or that has been silent for too long."""
@@ -321,10 +317,13 @@ class Watchdog:
         beats = {self.place.rank: me, **self._seen}
         working = {r: b for r, b in sorted(beats.items()) if not b.is_done}
         last = [r for r, b in working.items() if b.marks == min(x.marks for x in working.values())]
-        table = [
-            f"  rank {r} ({self.name_of(r)}): step {b.step}, {b.phase} for {b.age:.0f} s, in {b.where}"
-            for r, b in sorted(beats.items())
-        ]
+        now = time.monotonic()
+        table = []
+        for r, b in sorted(beats.items()):
+            silence = now - self._changed.get(r, now)
+            heard = f", last heard {silence:.0f} s ago" if silence > 3 * self.interval_s else ""
+            name = f"rank {r} ({self.name_of(r)})"
+            table.append(f"  {name}: step {b.step}, {b.phase} for {b.age:.0f} s, in {b.where}{heard}")
         if len(last) < len(beats):
             names = ", ".join(f"rank {r} ({self.name_of(r)})" for r in last)
             head = f"{names} hangs at step {beats[last[0]].step}: no progress for {me.age:.0f} s"
@@ -352,9 +351,23 @@ class Watchdog:
                 tell(f"{self.prefix} {verdict.text}\n{self.prefix} ending this run")
             elif self._store is not None:
                 time.sleep(0.5)  # a launcher ends all when the first one leaves: let the teller finish
+            self._let_others_read()
+            if verdict.by == self.place.rank and verdict.culprit is not None:
+                self._kill(self._seen[verdict.culprit])
             if self._interrupt_at is not None:
                 leave_now(EXIT_INTERRUPTED)
             leave_now(128 + signal.SIGTERM if self._sigterm_at is not None else EXIT_FAILED)
+
+    def _let_others_read(self) -> None:
+        """The store leaves with this process, if it holds it: the others read the verdict first."""
+        if self.place.rank == 0 and self._store is not None and not self.place.store_is_with_launcher:
+            time.sleep(1.5 * self.interval_s)
+
+    def _kill(self, beat: Heartbeat) -> None:
+        """End a stopped or locked process of this machine; a launcher would wait half a minute before it does."""
+        if beat.host == self._me.host and start_time(beat.pid) == beat.born:
+            with contextlib.suppress(OSError):
+                os.kill(beat.pid, signal.SIGKILL)
 
     def _dump_stacks(self) -> None:
         if self.stacks_dir is None:
@@ -370,8 +383,6 @@ class Watchdog:
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGTERM and self._sigterm_at is None:
             self._sigterm_at = time.monotonic()
-            if self._store is None:
-                self._sigterm_at -= SIGTERM_PATIENCE_S  # alone: no evidence to wait for
             self._wake.set()
         elif number == signal.SIGINT and self._interrupt_at is None:
             # Python raises KeyboardInterrupt in the main thread, if that ever comes back from where it is.

@@ -1,0 +1,161 @@
+"""Training runs through the real command line, small enough for a test."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ROOT / "train.py"
+
+# Two processes share each sequence; documents of the text end inside sequences.
+TINY = """
+[model]
+vocab_size = 264
+hidden_size = 32
+num_layers = 2
+num_heads = 2
+
+[data]
+path = "{text}"
+cache_dir = "{folder}/cache"
+seq_len = 128
+
+[optim]
+lr = 0.01
+warmup_steps = 2
+
+[train]
+steps = 3
+run_dir = "{folder}/run"
+timeout_s = 20
+"""
+
+
+def write_text(folder: Path, documents: int = 12) -> Path:
+    """A folder of text files, some shorter and some longer than a sequence."""
+    random.seed(0)
+    text = folder / "text"
+    text.mkdir(parents=True, exist_ok=True)
+    words = ["ring", "attention", "passes", "keys", "and", "values", "round", "while", "queries", "stay", "at", "home"]
+    for i in range(documents):
+        size = random.choice((5, 40, 300))
+        (text / f"{i:02}.txt").write_text(" ".join(random.choice(words) for _ in range(size)))
+    return text
+
+
+def write_config(folder: Path) -> Path:
+    """A configuration of a run in `folder`, and its text."""
+    path = folder / "tiny.toml"
+    path.write_text(TINY.format(text=write_text(folder), folder=folder))
+    return path
+
+
+def clean_env(**extra: str) -> dict[str, str]:
+    """This environment without what a launcher or wandb left in it; one thread a process."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+    env = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith(("WANDB_", "TORCHELASTIC_"))}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | extra
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train_command(launcher: str, world: int, *words: str | Path) -> list[str]:
+    """`train.py` with `words` under python, torchrun or deepspeed."""
+    tail = [str(TRAIN), *map(str, words)]
+    if launcher == "python":
+        assert world == 1, "bare python starts one process"
+        return [sys.executable, *tail]
+    if launcher == "torchrun":
+        head = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    else:
+        head = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(world), "--master_port", str(free_port())]
+    return [sys.executable, *head, *tail]
+
+
+def train(
+    launcher: str, world: int, *words: str | Path, timeout_s: float = 120, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end. stdout and stderr come together, as on a terminal."""
+    return subprocess.run(
+        train_command(launcher, world, *words),
+        env=clean_env(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+class Background:
+    """A run in the background: a context manager that leaves no process behind.
+
+    Args:
+        command: what to start.
+        log: where its output goes.
+    """
+
+    def __init__(self, command: list[str], log: Path, **env: str) -> None:
+        self._log = log
+        self._file = log.open("w")
+        self.process = subprocess.Popen(
+            command, env=clean_env(**env), stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill_all()
+        self._file.close()
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, condition, what: str, timeout_s: float = 90) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.returncode} before {what}:\n{self.output}"
+            assert time.monotonic() < deadline, f"no {what} within {timeout_s} s:\n{self.output}"
+            time.sleep(0.01)
+
+    def rank(self, rank: int) -> psutil.Process:
+        """The process of a rank."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                # The deepspeed launcher sets RANK for each of its children only.
+                if child.environ().get("RANK") == str(rank) and "train.py" in " ".join(child.cmdline()):
+                    return child
+            except psutil.Error:
+                continue
+        raise AssertionError(f"there is no rank {rank}:\n{self.output}")
+
+    def wait(self, timeout_s: float) -> int:
+        return self.process.wait(timeout_s)
+
+    def kill_all(self) -> None:
+        """SIGKILL for the launcher and everything it started, launcher first so that it has no last word."""
+        try:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            family = []
+        self.process.kill()
+        for child in family:
+            try:
+                child.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(family, timeout=10)
+        self.process.wait()

@@ -1,0 +1,149 @@
+"""Whole runs: every launcher, kill and resume bit for bit, a loss that is not finite, a rank that dies, wandb."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+
+import pytest
+from run_cases import Background, train, train_command, write_config
+
+from longctx.checkpoint import latest_checkpoint
+from longctx.metrics import read_metrics
+
+# What must be the same, bit for bit, when a run is repeated on a CPU.
+EXACT = ("step", "cursor", "tokens", "loss", "grad_norm", "lr")
+
+
+def steps_of(folder):
+    return read_metrics(folder / "run" / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of one process without a launcher, logged to wandb offline: (folder, config, output, seconds to exit)."""
+    folder = tmp_path_factory.mktemp("alone")
+    config = write_config(folder)
+    # An address that never answers: whatever still wants the network would wait for it.
+    done = train("python", 1, "--config", config, "--log.wandb=offline", WANDB_BASE_URL="http://10.255.255.1:9")
+    left = time.time()
+    assert done.returncode == 0, done.stdout
+    (end,) = read_metrics(folder / "run" / "metrics.jsonl", "end")
+    return folder, config, done.stdout, left - end["time"]
+
+
+def test_bare_python_trains_and_says_what_it_chose(alone):
+    folder, _, output, _ = alone
+    losses = [record["loss"] for record in steps_of(folder)]
+    assert len(losses) == 3
+    assert losses[0] == pytest.approx(math.log(264), abs=0.15), "random weights know nothing yet"
+    assert losses[2] < losses[0]
+    for name in ("plan", "device", "dtype", "data", "model", "step", "resume", "records"):
+        assert len(re.findall(rf"^{name} ", output, re.M)) >= 1, f"no line about {name}:\n{output}"
+    assert "128 tokens = dp 1 x micro-batch 1 x accumulation 1 x seq_len 128" in output
+    assert output.count("attention kernel for cpu") >= 1
+    assert re.search(r"^done .*loss \d", output, re.M)
+    assert latest_checkpoint(folder / "run" / "checkpoints").name == "step-00000003"
+
+
+def test_the_first_record_says_what_the_run_depends_on(alone):
+    folder, _, _, _ = alone
+    (run,) = read_metrics(folder / "run" / "metrics.jsonl", "run")
+    assert run["config"]["model"]["hidden_size"] == 32
+    assert run["plan"]["ring"] == 1
+    assert {"commit", "torch", "triton", "deepspeed", "longctx", "date"} <= run.keys()
+
+
+def test_wandb_offline_leaves_a_run_and_does_not_delay_the_exit(alone):
+    folder, _, output, seconds = alone
+    (left,) = (folder / "run" / "wandb").glob("offline-run-*")
+    assert list(left.glob("*.wandb"))
+    assert (folder / "run" / "wandb-id").read_text() in left.name
+    assert f"wandb offline: {left}" in output
+    assert seconds < 5, "leaving took too long"
+
+
+def test_a_finished_run_has_nothing_left_to_do(alone):
+    folder, config, _, _ = alone
+    before = steps_of(folder)
+    again = train("python", 1, "--config", config)
+    assert again.returncode == 0, again.stdout
+    assert "nothing to do" in again.stdout
+    assert steps_of(folder) == before
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_launcher_with_two_processes_trains_as_one_process_does(launcher, alone, tmp_path):
+    config = write_config(tmp_path)
+    done = train(launcher, 2, "--config", config, "--parallel.ring=2")
+    assert done.returncode == 0, done.stdout
+    assert f"started by {launcher}" in done.stdout
+    assert len(re.findall(r"^done ", done.stdout, re.M)) == 1, "only one process speaks"
+    for ours, theirs in zip(steps_of(tmp_path), steps_of(alone[0]), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    words = ("--parallel.ring=2", "--train.steps=24", "--train.save_every=4", "--train.keep=3")
+    commands = {}
+    for folder in (whole, broken):
+        folder.mkdir()
+        commands[folder] = train_command("torchrun", 2, "--config", write_config(folder), *words)
+    with Background(commands[broken], tmp_path / "broken.log") as run:
+        metrics = broken / "run" / "metrics.jsonl"
+        run.wait_for(lambda: metrics.exists() and '"step": 9' in metrics.read_text(), "step 9")
+        run.kill_all()
+    killed_at = len(steps_of(broken))
+    assert 10 <= killed_at < 24, "the run must be killed between its first and its last step"
+    for folder in (broken, whole):
+        with Background(commands[folder], folder / "log") as run:
+            assert run.wait(90) == 0, run.output
+    first, second = read_metrics(broken / "run" / "metrics.jsonl", "run")
+    assert first["first_step"] == 0
+    assert second["first_step"] in (8, 12, 16, 20), "it went on from a checkpoint"
+    ours, theirs = ([{key: r[key] for key in EXACT} for r in steps_of(folder)] for folder in (broken, whole))
+    assert [r["step"] for r in ours] == list(range(24)), "each step once, in order"
+    assert ours == theirs
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    # The first update makes every weight about 1e30: the next step overflows.
+    words = ("--parallel.ring=2", "--optim.lr=1e30", "--optim.warmup_steps=0", "--train.save_every=1")
+    done = train("torchrun", 2, "--config", write_config(tmp_path), *words)
+    assert done.returncode != 0
+    message = [line for line in done.stdout.splitlines() if "batch cursor" in line]
+    assert len(message) == 1, done.stdout
+    assert re.match(
+        r"\[rank \d \| dp0 pp0 ring\d uly0 tp0\] .*step 1: the loss is (nan|inf|-inf) on rank \d", message[0]
+    )
+    assert "batch cursor 1" in message[0]
+    assert f"last checkpoint: {tmp_path / 'run' / 'checkpoints' / 'step-00000001'}" in done.stdout
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").name == "step-00000001"
+    assert "longctx/engine.py" not in done.stdout, "no traceback of ours"
+    (end,) = read_metrics(tmp_path / "run" / "metrics.jsonl", "end")
+    assert "batch cursor 1" in end["reason"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_run_and_is_named(victim, tmp_path):
+    command = train_command(
+        "torchrun", 2, "--config", write_config(tmp_path), "--parallel.ring=2", "--train.steps=100000"
+    )
+    with Background(command, tmp_path / "log") as run:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        run.wait_for(lambda: metrics.exists() and '"step": 3' in metrics.read_text(), "step 3")
+        start = time.monotonic()
+        run.rank(victim).kill()
+        assert run.wait(20) != 0
+        took = time.monotonic() - start
+        output = run.output
+    assert took < 20, "train.timeout_s"
+    named = (
+        rf"\[rank {1 - victim} \| dp0 pp0 ring{1 - victim} uly0 tp0\] rank {victim} \(dp0 pp0 ring{victim} uly0 tp0\) "
+    )
+    assert re.search(named + r"stopped answering at step \d+", output), output
+    assert json.loads(metrics.read_text().splitlines()[0])["kind"] == "run"
