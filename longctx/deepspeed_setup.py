@@ -45,6 +45,8 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, *, dtype: str, gr
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
         "wall_clock_breakdown": False,
+        # It waits for the device before and after every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
     if dtype == "bf16":
         # A step whose gradient is not finite is left out instead of applied, as the fp32 optimizers do anyway.
@@ -66,7 +68,9 @@ class FoldedWorld:
             return
         self._group = mesh.grad.group
         # DeepSpeed sums norms over the model-parallel group, and None would mean the whole world to it.
-        self._alone = dist.new_group([mesh.rank], use_local_synchronization=True)
+        # Every rank makes all groups, in one order: NCCL may split them off the world's communicator, which is collective.
+        alone = [dist.new_group([rank]) for rank in range(mesh.world_size)]
+        self._alone = alone[mesh.rank]
 
     def get_data_parallel_rank(self) -> int:
         return self.rank

@@ -468,6 +468,7 @@ def test_deepspeed_is_told_what_it_would_choose_silently(stage, dtype):
     # Stage 0 is clipped by the engine.
     assert config["gradient_clipping"] == (0.5 if stage else 0.0)
     assert config["communication_data_type"] == "fp32"
+    assert not config["timers"]["throughput"]["enabled"]
     assert ("bf16" in config) == (dtype == "bf16")
     assert config.get("data_types") == ({"grad_accum_dtype": "fp32"} if dtype == "bf16" else None)
 
