@@ -25,7 +25,7 @@ PACKAGES = (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 80, 128, 256)
 # What a hop can ask of a kernel; "empty" is never launched.
-KINDS = ("full", "causal", "band", "rows")
+KINDS = ("full", "causal", "rectangle", "band", "rows")
 
 
 def sections() -> Iterator[tuple[str, list[str]]]:

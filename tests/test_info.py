@@ -43,8 +43,8 @@ def test_a_kernel_that_does_some_says_which_it_refuses(monkeypatch):
     monkeypatch.setattr(info, "kernel_names", lambda: ("partly",))
     monkeypatch.setattr(info, "get_kernel", lambda name: Partly())
     text = "\n".join(info._kernels(torch.device("cpu")))
-    assert "partly bfloat16      12 of 16 head dims x key ranges, but" in text
-    assert "256 full, 256 causal, 256 band, 256 rows: too wide" in text
+    assert "partly bfloat16      15 of 20 head dims x key ranges, but" in text
+    assert "256 full, 256 causal, 256 rectangle, 256 band, 256 rows: too wide" in text
     assert "partly float32       no: no float32" in text
 
 

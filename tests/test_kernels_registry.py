@@ -25,6 +25,8 @@ from longctx.kernels import (
 from longctx.masks import KeyRange
 
 CPU = torch.device("cpu")
+# What `block_kind` can say.
+KINDS = ("empty", "full", "causal", "band", "rectangle", "rows")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -44,7 +46,7 @@ class TestContract:
         assert parameters(getattr(get_kernel(name), method)) == want
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("kind", ["empty", "full", "causal", "band", "rows"])
+    @pytest.mark.parametrize("kind", KINDS)
     def test_supports_answers_none_or_a_reason(self, name, dtype, kind):
         answer = get_kernel(name).supports(device=CPU, dtype=dtype, head_dim=64, kind=kind)
         assert answer is None or (isinstance(answer, str) and answer)
@@ -53,10 +55,23 @@ class TestContract:
         assert get_kernel(name).supports(device=CPU, dtype=torch.int64, head_dim=64, kind="full")
 
 
+def test_block_kinds():
+    lo, hi = torch.tensor([0, 0, 2, 2]), torch.tensor([0, 0, 5, 5])
+    ranges = {
+        "empty": KeyRange.empty(),
+        "full": KeyRange.full(),
+        "causal": KeyRange.causal(),
+        "band": KeyRange("band", -2, 1),
+        "rectangle": KeyRange.of(lo, hi, 6),
+        "rows": KeyRange.of(lo, hi + torch.arange(4) // 3, 6),
+    }
+    assert {name: kernels.block_kind(key_range) for name, key_range in ranges.items()} == {k: k for k in KINDS}
+
+
 def test_the_reference_is_last_and_takes_everything():
     assert kernel_names()[-1] == "reference"
     for dtype in DTYPES:
-        for kind in ("empty", "full", "causal", "band", "rows"):
+        for kind in KINDS:
             assert get_kernel("reference").supports(device=CPU, dtype=dtype, head_dim=77, kind=kind) is None
 
 

@@ -26,7 +26,7 @@ LAYERS = (
     ("L3", ("functional",)),
     ("L4", ("attention", "rope", "model")),
     ("L5 text and numbers", ("settings", "corpus", "tokens", "data", "metrics", "results")),
-    ("L5 DeepSpeed", ("optim", "deepspeed_setup", "engine", "checkpoint")),
+    ("L5 DeepSpeed", ("optim", "deepspeed_setup", "engine", "checkpoint_files", "checkpoint_folder", "checkpoint")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
     ("L6 commands", ("peers", "bench", "draw", "info", "__main__")),

@@ -258,6 +258,20 @@ def test_transposed_is_exact(case):
     assert torch.equal(got.expand_as(shown), shown)
 
 
+@given(case=ANY_INTERVALS)
+def test_a_rectangle_is_found_exactly_where_there_is_one(case):
+    lo, hi, sk = case
+    key_range = KeyRange.of(lo, hi, sk)
+    shown = from_intervals(lo, hi, sk)
+    rows, keys = shown.any(0).any(1).nonzero().flatten(), shown.any(0).any(0).nonzero().flatten()
+    found = None
+    if key_range.kind == "rows":
+        box = (int(rows[0]), int(rows[-1]) + 1, int(keys[0]), int(keys[-1]) + 1)
+        if bool(shown[:, box[0] : box[1], box[2] : box[3]].all()):
+            found = box
+    assert key_range.rectangle == found
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_area_counts_shared_intervals_for_each_sequence(batch):
     assert KeyRange.causal().area(4, 4, batch=batch) == 10 * batch
