@@ -204,7 +204,11 @@ def train(rank: int) -> dict[str, dict]:
         for stage in stages:
             engine = make_engine(mesh, zero_stage=stage, dtype=dtype, accumulation_steps=2)
             start = engine.full_state_dict()
-            results = [engine.train_step(n, shards(full, mesh)) for n, full in enumerate(steps)]
+            results = []
+            for n, full in enumerate(steps):
+                results.append(engine.train_step(n, shards(full, mesh)))
+                # Between steps, to see that it changes nothing.
+                engine.evaluate(shards(full, mesh)[:1])
             evaluated = engine.evaluate(shards(steps[0], mesh))
             state = engine.full_state_dict()
             moved = [
@@ -323,19 +327,19 @@ def stop(rank: int) -> dict[str, str]:
     good = shards(full_step(0, dp=1, accumulation=1), mesh)
     bad = shards(full_step(1, dp=1, accumulation=1), mesh)
     told = {}
-    for stage in STAGES:
-        for poison in ("loss", "gradient"):
-            model = Poisoned(MODEL, mesh=mesh, kernel="reference")
-            settings = EngineConfig(zero_stage=stage, dtype="fp32", micro_batch_size=2, zero3_keep_elements=0)
-            engine = TrainEngine(model, mesh, settings, OPTIM, total_steps=3)
-            engine.train_step(0, good)
-            before = engine.full_state_dict()
-            model.poison = poison if rank == 1 else ""
-            with pytest.raises(NonFiniteError) as caught:
-                engine.train_step(1, bad)
-            told[f"{poison}-zero{stage}"] = str(caught.value)
-            after = engine.full_state_dict()
-            assert all(torch.equal(before[name], after[name]) for name in before), "the parameters were updated"
+    cases = [(poison, "fp32", stage) for stage in STAGES for poison in ("loss", "gradient")]
+    for poison, dtype, stage in [*cases, *(("gradient", "bf16", stage) for stage in (1, 2, 3))]:
+        model = Poisoned(MODEL, mesh=mesh, kernel="reference")
+        settings = EngineConfig(zero_stage=stage, dtype=dtype, micro_batch_size=2, zero3_keep_elements=0)
+        engine = TrainEngine(model, mesh, settings, OPTIM, total_steps=3)
+        engine.train_step(0, good)
+        before = engine.full_state_dict()
+        model.poison = poison if rank == 1 else ""
+        with pytest.raises(NonFiniteError) as caught:
+            engine.train_step(1, bad)
+        told[f"{poison}-{dtype}-zero{stage}"] = str(caught.value)
+        after = engine.full_state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before), "the parameters were updated"
     engine = make_engine(mesh)
     for case, error, batch in (
         ("no_targets", DataError, replace(good[0], num_target_tokens=0)),
@@ -356,7 +360,7 @@ def stopped():
 @pytest.mark.parametrize("stage", STAGES, ids=lambda s: f"zero{s}")
 def test_a_non_finite_loss_names_step_rank_and_cursor_on_every_rank(stopped, stage):
     for rank, of_rank in enumerate(stopped):
-        message = of_rank[f"loss-zero{stage}"]
+        message = of_rank[f"loss-fp32-zero{stage}"]
         assert message.startswith(
             f"[rank {rank} | dp0 pp0 ring{rank} uly0 tp0] step 1: the loss is nan on rank 1 (dp0 pp0"
         )
@@ -364,10 +368,10 @@ def test_a_non_finite_loss_names_step_rank_and_cursor_on_every_rank(stopped, sta
         assert "parameters were not updated" in message
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda s: f"zero{s}")
-def test_a_non_finite_norm_stops_before_the_update(stopped, stage):
+@pytest.mark.parametrize("case", [*(f"fp32-zero{s}" for s in STAGES), *(f"bf16-zero{s}" for s in (1, 2, 3))])
+def test_a_non_finite_norm_stops_before_the_update(stopped, case):
     for of_rank in stopped:
-        message = of_rank[f"gradient-zero{stage}"]
+        message = of_rank[f"gradient-{case}"]
         assert "step 1: the gradient norm is" in message
         assert "batch cursor 2" in message
 
