@@ -126,6 +126,7 @@ def _parts(key_range: KeyRange, q: torch.Tensor, k: torch.Tensor) -> Iterator[tu
     else:
         found = key_range.rectangle
         assert found is not None, "select_kernel gives cuDNN no other intervals than rectangles"
+        key_range.bounds(sq, sk)  # refuses intervals of other lengths
         first_row, last_row, first_key, last_key = found
         yield slice(first_row, last_row), slice(first_key, last_key), False
 

@@ -23,7 +23,7 @@ class TritonAttention:
     """FlashAttention-2-style kernels that carry the softmax state; see `BlockAttention`.
 
     fp16, bf16 and fp32 (products in full fp32, not TF32), head dims up to 256, any length, every kind of key range. The
-    backward is deterministic. Nothing waits for the GPU.
+    backward is deterministic. Nothing waits for the GPU. A rectangle of rows and keys runs as a full block on views.
 
     Args:
         tiles: tile sizes to use instead of the tuned ones.
@@ -61,6 +61,13 @@ class TritonAttention:
         _check_scale(scale)
         if _nothing_to_do(q, k, key_range):
             return SoftmaxState.empty_like(q) if state is None else state
+        if piece := key_range.rectangle:
+            key_range.bounds(q.shape[1], k.shape[1])  # refuses intervals of other lengths
+            rows, keys = slice(*piece[:2]), slice(*piece[2:])
+            state = SoftmaxState.empty_like(q) if state is None else state
+            part = SoftmaxState(state.out[:, rows], state.lse[:, :, rows])
+            self.forward(q[:, rows], k[:, keys], v[:, keys], KeyRange.full(), scale=scale, state=part)
+            return state
         tiles = self._tiles(q)
         with _on(q):
             return launch_forward(
@@ -87,6 +94,14 @@ class TritonAttention:
         check_block(q, k, v, dout=dout)
         _check_scale(scale)
         if _nothing_to_do(q, k, key_range):
+            return
+        if piece := key_range.rectangle:
+            key_range.bounds(q.shape[1], k.shape[1])  # refuses intervals of other lengths
+            rows, keys = slice(*piece[:2]), slice(*piece[2:])
+            self.backward(
+                dout[:, rows], q[:, rows], k[:, keys], v[:, keys], lse[:, :, rows], delta[:, :, rows], KeyRange.full(),
+                scale=scale, out=out[:, rows], dq_acc=dq_acc[:, rows], dk_acc=dk_acc[:, keys], dv_acc=dv_acc[:, keys],
+            )  # fmt: skip
             return
         with _on(q):
             lse2, delta2 = prepare_rows(lse, delta)

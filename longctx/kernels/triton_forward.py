@@ -71,11 +71,18 @@ def _attend(
     return acc, l, m
 
 
+@triton.jit
+def _tile_ptrs(base, batch, head, row, col, stride_b, stride_s, stride_h):
+    """Addresses of these rows and columns of one head, [rows, columns]."""
+    base += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    return base + row.to(tl.int64)[:, None] * stride_s + col[None, :]
+
+
 @triton.jit(do_not_specialize=_PLAIN_ARGS)
 def _forward_kernel(
-    Q, K, V, OUT, LSE, LO, HI, stride_lo, qk_scale, sq, sk, num_heads, group,
+    Q, K, V, OLD, OUT, LSE, LO, HI, stride_lo, qk_scale, sq, sk, num_heads, group,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
+    stride_xb, stride_xs, stride_xh, stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KIND: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, CARRY: tl.constexpr, EVEN_N: tl.constexpr,
     USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr,
@@ -98,17 +105,14 @@ def _forward_kernel(
     start, a, b = cut_tiles(first, end, full_lo, full_hi, BLOCK_N, False)
 
     col = tl.arange(0, D_PAD)
-    out_ptrs = (
-        OUT + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
-        + row.to(tl.int64)[:, None] * stride_os + col[None, :]
-    )  # fmt: skip
     out_ok = row_ok[:, None] & (col < D)[None, :]
     lse_ptrs = LSE + batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + row
     if CARRY:
         m = tl.load(lse_ptrs, mask=row_ok, other=float("-inf")) * 1.4426950408889634
         # The state is normalised: its sum is 1 beside a maximum of lse.
         l = tl.where(m == float("-inf"), 0.0, 1.0)
-        acc = tl.load(out_ptrs, mask=out_ok, other=0.0)
+        # OLD is OUT, passed twice: were these the addresses stored to below, they would occupy registers during the loops.
+        acc = tl.load(_tile_ptrs(OLD, batch, head, row, col, stride_xb, stride_xs, stride_xh), mask=out_ok, other=0.0)
     else:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
@@ -139,7 +143,7 @@ def _forward_kernel(
     l = tl.where(unseen, 1.0, l)
     acc = acc / l[:, None]
     lse = tl.where(unseen, float("-inf"), (m + tl.math.log2(l)) * 0.6931471805599453)
-    tl.store(out_ptrs, acc, mask=out_ok)
+    tl.store(_tile_ptrs(OUT, batch, head, row, col, stride_ob, stride_os, stride_oh), acc, mask=out_ok)
     tl.store(lse_ptrs, lse, mask=row_ok)
 
 
@@ -167,13 +171,14 @@ def launch_forward(
         as_operand(k, tile.block_n, d_pad, use_descriptor),
         as_operand(v, tile.block_n, d_pad, use_descriptor),
         state.out,
+        state.out,
         state.lse,
         qk_scale=scale * LOG2_E,
         sq=sq,
         sk=sk,
         num_heads=h,
         group=h // hk,
-        **stride_args(q=q, k=k, v=v, o=state.out),
+        **stride_args(q=q, k=k, v=v, x=state.out, o=state.out),
         stride_lb=state.lse.stride(0),
         stride_lh=state.lse.stride(1),
         D=d,
