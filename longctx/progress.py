@@ -123,8 +123,8 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-def log_to(say: Callable[[str], None] | None) -> None:
-    """Send what the library logs to `say`: notes and warnings. None: warnings only, to stderr."""
+def log_to(say: Callable[[str], None] | None, *, level: int = logging.INFO) -> None:
+    """Send what the library logs from `level` on to `say`. None: as Python does by itself, warnings to stderr."""
     logger = logging.getLogger("longctx")
     for handler in list(logger.handlers):
         if isinstance(handler, _SayHandler):
@@ -132,7 +132,7 @@ def log_to(say: Callable[[str], None] | None) -> None:
     logger.propagate = say is None
     if say is not None:
         logger.addHandler(_SayHandler(say))
-    logger.setLevel(logging.INFO if say is not None else logging.WARNING)
+    logger.setLevel(level if say is not None else logging.WARNING)
 
 
 class _SayHandler(logging.Handler):

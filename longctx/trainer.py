@@ -32,7 +32,7 @@ from longctx.metrics import Meter, MetricsFile, peak_flops, peak_memory_bytes, s
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.preparation import DATA_TIMEOUT_S, about, choices, open_data, settle
-from longctx.process import seed_everything, set_cpu_threads
+from longctx.process import seed_everything, set_cpu_threads, tell
 from longctx.progress import Progress, log_to
 from longctx.recorder import Recorder, WandbRun
 from longctx.watchdog import Watchdog
@@ -153,7 +153,10 @@ class Trainer:
         unit = "GPU" if device.type == "cuda" else "rank"
         if self.rank == 0:
             self._progress = Progress(config.train.steps, style=config.log.progress, unit=unit)
-        log_to(self._progress.say if self._progress is not None else None)
+            log_to(self._progress.say)
+        else:
+            # Choices are the same everywhere and told by rank 0; warnings may be of this rank alone.
+            log_to(lambda text: tell(f"{watchdog.prefix} {text}"), level=logging.WARNING)
         with launch.together("the run's folder"):
             self._lock_run_dir()
         shared_out = sharing(config.engine, plan, device.type)
@@ -260,7 +263,8 @@ class Trainer:
                     # A disk that is full now may have room at the next one; at the end there is none.
                     if is_last:
                         raise
-                    log.warning("no checkpoint at step %d: %s", self.state.step, error)
+                    if self.rank == 0:
+                        log.warning("no checkpoint at step %d: %s", self.state.step, error)
         watchdog.mark(train.steps, "finishing")
         memory = _largest(peak_memory_bytes(device), device)
         if recorder is not None:

@@ -273,7 +273,8 @@ class Watchdog:
         dead = self._dead(now)
         if dead is not None:
             beat = self._seen[dead]
-            text = f"rank {dead} ({self.name_of(dead)}) stopped answering at step {beat.step} ({beat.phase})"
+            heard = f"last heard at step {beat.step}, {beat.phase}"
+            text = f"rank {dead} ({self.name_of(dead)}) stopped answering at step {self._progress.step} ({heard})"
             return dataclasses.replace(self._verdict_on(text), culprit=dead)
         stuck = self._stuck()
         if stuck is not None:
