@@ -106,17 +106,17 @@ def checked(value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         value = tuple(value)
     # To Python, True is 1, and so a member of Literal[0, 1].
-    is_bool_for_number = (
-        isinstance(value, bool)
-        and bool not in alternatives(hint)
-        and value not in (v for v in literals(hint) if isinstance(v, bool))
-    )
+    is_bool_for_number = isinstance(value, bool) and bool not in alternatives(hint) and value not in _bools(hint)
     try:
         if not is_bool_for_number:
             return TypeAdapter(hint).validate_python(value, strict=True)
     except ValidationError:
         pass
     raise TypeError(f"is {kind_in_words(value)}", f"expected {in_words(hint)}")
+
+
+def _bools(hint: Any) -> list[bool]:
+    return [value for value in literals(hint) if isinstance(value, bool)]
 
 
 def in_words(hint: Any) -> str:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from longctx.config import Config, key_names, load_config
 from longctx.errors import ConfigError
 from longctx.rope import RopeScaling
-from longctx.settings import field_types, from_text, parse_size
+from longctx.settings import checked, field_types, from_text, parse_size
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SECTIONS = [field.name for field in dataclasses.fields(Config)]
@@ -343,3 +343,24 @@ def test_the_ring_of_two_is_the_single_gpu_model_at_twice_the_length():
     one, two = (load_config(CONFIGS / f"llama_1b_{name}.toml") for name in ("64k", "128k_ring2"))
     assert one.model == two.model
     assert (one.data.seq_len, two.data.seq_len) == (65_536, 131_072)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "is_good"),
+    [
+        *(
+            (True, Literal[0, 1], False),
+            (1, Literal[0, 1], True),
+            (True, bool | None, True),
+            (True, Literal[True], True),
+        ),
+        *((1, float, True), (1.0, int, False), ("1", int, False), (1, str, False), (None, int | None, True)),
+        *(([1, 2], tuple[int, ...], True), ([1, "2"], tuple[int, ...], False), (None, int, False)),
+    ],
+)
+def test_types_are_strict(value, hint, is_good):
+    if is_good:
+        checked(value, hint)
+    else:
+        with pytest.raises(TypeError):
+            checked(value, hint)
