@@ -222,27 +222,22 @@ def _ratio(result: CaseResult, entrants: Sequence[Contender]) -> str:
     return " / ".join(cells)
 
 
-def rows_of(results: Sequence[CaseResult], bound: float, size: int, **where) -> list[Measurement]:
-    """The results as measurements; `where`: the columns of `results.environment`."""
-    rows = [
+def bound_row(bound: float, size: int, **where) -> Measurement:
+    """The hardware's bound as a measurement; `where`: the columns of `results.environment`."""
+    return Measurement(
+        name="attention/matmul", config=f"{size} cubed", metric="forward", value=bound, unit="TFLOP/s", **where
+    )
+
+
+def rows_of(result: CaseResult, **where) -> list[Measurement]:
+    """One case's results as measurements; `where`: the columns of `results.environment`."""
+    return [
         Measurement(
-            name="attention/matmul", config=f"{size} cubed", metric="forward", value=bound, unit="TFLOP/s", **where
+            name=f"attention/{name}", config=result.case.label, metric=metric, value=value, unit="TFLOP/s", **where
         )
+        for name, got in result.tflops.items()
+        for metric, value in got.items()
     ]
-    for r in results:
-        for name, got in r.tflops.items():
-            for metric, value in got.items():
-                rows.append(
-                    Measurement(
-                        name=f"attention/{name}",
-                        config=r.case.label,
-                        metric=metric,
-                        value=value,
-                        unit="TFLOP/s",
-                        **where,
-                    )
-                )
-    return rows
 
 
 def plot(results: Sequence[CaseResult], entrants: Sequence[Contender], bound: float, path: Path, title: str) -> None:
@@ -344,14 +339,17 @@ def run(args: argparse.Namespace) -> int:
     title = f"{gpu}, torch {where['torch']}, triton {where['triton']}, commit {where['commit']}"
     print(f"{title}; TFLOP/s forward / backward, {str(dtype).removeprefix('torch.')}, median times\n", flush=True)
     bound = matmul_tflops(device, dtype, size)
-    results = []
+    results: list[CaseResult] = []
+    if args.csv:
+        append(args.csv, [bound_row(bound, size, **where)])
     for case in cases:
         began = time.perf_counter()
         results.append(measure(case, entrants, device, dtype))
         print(f"measured {case.label} in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        if args.csv:
+            # Case by case: what was measured is not lost when the rest is interrupted.
+            append(args.csv, rows_of(results[-1], **where))
     print(table(results, entrants, bound))
-    if args.csv:
-        append(args.csv, rows_of(results, bound, size, **where))
     if args.plot:
         plot(results, entrants, bound, args.plot, title)
     return int(any(entrant.is_ours and entrant.name in r.wrong for r in results for entrant in entrants))
