@@ -243,7 +243,7 @@ class Watchdog:
     def _judge(self) -> None:
         """The judging thread: never blocks for longer than a fraction of a second."""
         while not self._stopping:
-            for number in self._signals.wait(0.1):
+            for number in self._signals.wait(0.25):
                 self._on_signal(number)
             if self._stopping:
                 return
