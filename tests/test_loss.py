@@ -29,10 +29,17 @@ def inputs(n, e, v, labels, seed=0, std=1.0):
     return hidden, weight, LABELS[labels](n, v, g)
 
 
-def dense(hidden, weight, labels):
+def dense(hidden, weight, labels, reduction="sum"):
     logits = F.linear(hidden, weight)
     logits = logits.float() if logits.dtype != torch.float64 else logits
-    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction=reduction)
+
+
+def noise_of_sum(hidden, weight, labels, *, dtype, device):
+    """The size of the error that the sum of plain torch's token losses has: one draw of it may be near 0 by luck."""
+    h, w = (x.to(device, dtype) for x in (hidden, weight))
+    tokens = dense(h, w, labels.to(device), reduction="none").cpu().double()
+    return (tokens - dense(hidden, weight, labels, reduction="none")).norm()
 
 
 def run(fn, hidden, weight, labels, *, dtype, device="cpu", upstream=0.37):
@@ -43,13 +50,17 @@ def run(fn, hidden, weight, labels, *, dtype, device="cpu", upstream=0.37):
     return {"loss": value, "dhidden": h.grad, "dweight": w.grad}, value.dtype
 
 
-def assert_as_good_as_torch(ours, torchs, exact, dtype):
-    """err <= 2 * err of plain torch in the same dtype + some units in the last place, as max and as RMS."""
+def assert_as_good_as_torch(ours, torchs, exact, dtype, noise=0.0):
+    """err <= 2 * err of plain torch in the same dtype + some units in the last place, as max and as RMS.
+
+    The loss is one number, a sum of errors of either sign; it may be off by 3 times their size, `noise_of_sum`.
+    """
     for name in exact:
         ulp = torch.finfo(torch.float32 if name == "loss" else dtype).eps * 4
         for norm in (lambda x: x.abs().max(), lambda x: x.square().mean().sqrt()):
             mine, theirs = (norm(x[name].detach().cpu().double() - exact[name].detach()) for x in (ours, torchs))
-            assert mine <= 2 * theirs + ulp * norm(exact[name].detach()), f"{name}: {mine:.3g} against {theirs:.3g}"
+            luck = 3 * noise if name == "loss" else 0.0
+            assert mine <= max(2 * theirs, luck) + ulp * norm(exact[name].detach()), f"{name}: {mine:.3g} against {theirs:.3g}"
 
 
 @pytest.mark.parametrize("labels", LABELS)
@@ -249,10 +260,11 @@ def test_cuda(impl, dtype, labels):
     exact, _ = run(dense, *data, dtype=torch.float64)
     plain, _ = run(dense, *data, dtype=dtype, device="cuda")
     ours, _ = run(lambda *x: linear_cross_entropy(*x, chunk_tokens=1024, impl=impl), *data, dtype=dtype, device="cuda")
-    assert_as_good_as_torch(ours, plain, exact, dtype)
+    assert_as_good_as_torch(ours, plain, exact, dtype, noise_of_sum(*data, dtype=dtype, device="cuda"))
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("impl", ["torch", "liger"])
 def test_cuda_never_waits_for_the_device_and_stays_in_its_memory(impl):
     if impl == "liger":

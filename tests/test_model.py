@@ -423,6 +423,7 @@ def test_cuda_fused_is_as_good_as_plain(family):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_cuda_step_never_waits_for_the_device():
     config = ModelConfig(vocab_size=1024, hidden_size=256, num_layers=2, num_heads=4, num_kv_heads=2)
     model = Transformer(config, activation_checkpointing=True).cuda().bfloat16()
