@@ -352,13 +352,15 @@ def trouble(rank: int, root: str, harmed: str) -> dict:
         for failing in (0, 1):
             # Without ZeRO the second process writes its random generators only, which are larger than the limit too.
             told[run].append(fail_once(rank, failing, engine, here))
-            assert sorted(p.name for p in here.iterdir()) == [first.name]
+            if rank == 0:
+                # The only one that makes and removes folders: the others might look while it makes the next.
+                assert sorted(p.name for p in here.iterdir()) == [first.name]
             check_checkpoint(first, FINGERPRINT)
         take_steps(engine, 1, 2)
         told[run].append(str(save_checkpoint(here, engine, at(2), fingerprint=FINGERPRINT, keep=1)))
         # A second one of the same step takes its place.
         save_checkpoint(here, engine, at(2), fingerprint=FINGERPRINT, keep=1)
-        told[run].append(sorted(p.name for p in here.iterdir()))
+        told[run].append(sorted(p.name for p in here.iterdir()) if rank == 0 else ["step-00000002"])
     for name in ("damaged", "malicious"):
         engine = make_engine("fp32-zero1")
         with pytest.raises(CheckpointError) as caught:
@@ -425,11 +427,11 @@ def save_again(rank: int, root: str) -> None:
 
 def test_a_run_killed_while_saving_leaves_the_previous_one(tmp_path):
     with pytest.raises(DistributedError, match="ended without a result"):
-        run_distributed(kill, str(tmp_path), world=2)
+        run_distributed(kill, str(tmp_path), world=2, timeout_s=240)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "tmp-step-00000002"]
     assert list((tmp_path / "tmp-step-00000002").glob("*.pt"))
     assert latest_checkpoint(tmp_path) == tmp_path / "step-00000001"
-    run_distributed(save_again, str(tmp_path), world=2)
+    run_distributed(save_again, str(tmp_path), world=2, timeout_s=240)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 

@@ -130,7 +130,7 @@ def broken_gradients(rank: int) -> dict[str, float]:
 
 
 def test_broken_twins_are_caught():
-    found = run_distributed(broken_gradients, world=2)[0]
+    found = run_distributed(broken_gradients, world=2, timeout_s=240)[0]
     assert len(found) == 7
     missed = {twin: error for twin, error in found.items() if not error > 1000 * TOLERANCE}
     assert not missed
@@ -157,7 +157,7 @@ def variant_gradients(rank: int) -> dict[str, dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def variants():
-    return run_distributed(variant_gradients, world=2)[0]
+    return run_distributed(variant_gradients, world=2, timeout_s=240)[0]
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def stop(rank: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def stopped():
-    return run_distributed(stop, world=2)
+    return run_distributed(stop, world=2, timeout_s=240)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda s: f"zero{s}")
