@@ -303,7 +303,7 @@ def training_table(rows: Sequence[Measurement]) -> str:
             got = {r.metric: r for r in of_config if r.name == name}
             line = [
                 config,
-                f"{gpus} x {gpu}",
+                f"{gpus} x {gpu}" if gpus else gpu,
                 name.split("/", 1)[1] + ("*" if all(r.source for r in got.values()) else ""),
             ]
             body.append([*line, *(_with_unit(got[m]) if m in got else "-" for m in _TRAINING_METRICS)])
