@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
-from longctx.errors import ConfigError, LongCtxError, did_you_mean
+from longctx.errors import ConfigError, LongCtxError
 from longctx.metrics import WARMUP_STEPS, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,152 +212,6 @@ def _run_label(run: dict) -> str:
     return f"{number} parameters, {f'{length >> 10}k' if length % 1024 == 0 else length} tokens{packed}"
 
 
-def latest(rows: Iterable[Measurement]) -> list[Measurement]:
-    """The newest row of each (name, gpu, gpus, config, metric), in the order in which these first appear."""
-    newest: dict[tuple, Measurement] = {}
-    for row in rows:
-        key = (row.name, row.gpu, row.gpus, row.config, row.metric)
-        # Of rows of one time, or of none, the later line holds.
-        if key not in newest or row.date >= newest[key].date:
-            newest[key] = row
-    return list(newest.values())
-
-
-def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column left, the others right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _provenance(rows: Sequence[Measurement]) -> str:
-    """Where and when the newest of our own rows was measured."""
-    own = [row for row in rows if not row.source]
-    if not own:
-        return ""
-    row = max(own, key=lambda r: r.date)
-    return f"{row.gpu}, torch {row.torch}, triton {row.triton}, commit {row.commit}, {row.date[:10]}"
-
-
-# system -> column, in order; "*" marks the figures that stand in anchors.csv only.
-_ATTENTION_COLUMNS = {
-    "matmul": "matmul bound",
-    "fa2": "FA2 (torch)",
-    "flex": "Flex",
-    "cudnn-torch": "cuDNN (torch)",
-    "fa4": "FA4",
-    "triton": "**ours: triton**",
-    "cudnn": "**ours: around cuDNN**",
-}
-
-
-def attention_table(rows: Sequence[Measurement]) -> str:
-    """Forward / backward TFLOP/s of one GPU: a row a shape, a column an implementation."""
-    rows = [row for row in rows if row.name.startswith("attention/")]
-    if not rows:
-        return "Not measured yet."
-    tables = []
-    for gpu in dict.fromkeys(row.gpu for row in rows):
-        here = latest([r for r in rows if r.gpu == gpu and not r.source])
-        anchors = latest([r for r in rows if r.gpu == gpu and r.source])
-        cells: dict[tuple[str, str], dict[str, str]] = {}
-        for row in (*anchors, *here):
-            mark = "*" if row.source else ""
-            cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = f"{row.value:.0f}{mark}"
-        known = {**_ATTENTION_COLUMNS, **{s: s for _, s in cells if s not in _ATTENTION_COLUMNS}}
-        systems = [s for s in known if any(system == s for _, system in cells) or s in ("triton", "cudnn")]
-        body = []
-        for config in dict.fromkeys(r.config for r in (*anchors, *here) if r.name != "attention/matmul"):
-            line = [config]
-            for system in systems:
-                # The bound is one figure of the whole run, written in every row.
-                got = cells.get((config, system)) or (system == "matmul" and _any_config(cells, system)) or {}
-                line.append(" / ".join(got.get(m, "-") for m in ("forward", "backward")) if got else "-")
-                if system == "matmul" and got:
-                    line[-1] = got["forward"]
-            body.append(line)
-        note = _provenance(here) or f"{gpu}; ours not measured yet"
-        tables.append(
-            f"{note}; TFLOP/s forward / backward, bf16\n\n{markdown(['batch x length, heads, mask', *(known[s] for s in systems)], body)}"
-        )
-    footnote = "`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`); all other figures of a row come from one run."
-    return "\n\n".join([*tables, footnote])
-
-
-def _any_config(cells: dict[tuple[str, str], dict[str, str]], system: str) -> dict[str, str] | None:
-    return next((got for (_, s), got in cells.items() if s == system), None)
-
-
-_TRAINING_METRICS = {"tokens/s": "tokens/s", "mfu": "MFU", "mfu dense": "MFU if dense", "memory": "peak memory"}
-
-
-def training_table(rows: Sequence[Measurement]) -> str:
-    """Training steps: a row a system and configuration, peers beside ours."""
-    rows = latest([row for row in rows if row.name.startswith("train/")])
-    if not rows:
-        return "Not measured yet."
-    body = []
-    for config, gpus, gpu in dict.fromkeys((r.config, r.gpus, r.gpu) for r in rows):
-        of_config = [r for r in rows if (r.config, r.gpus, r.gpu) == (config, gpus, gpu)]
-        for name in dict.fromkeys(r.name for r in of_config):
-            got = {r.metric: r for r in of_config if r.name == name}
-            line = [
-                config,
-                f"{gpus} x {gpu}" if gpus else gpu,
-                name.split("/", 1)[1] + ("*" if all(r.source for r in got.values()) else ""),
-            ]
-            body.append([*line, *(_with_unit(got[m]) if m in got else "-" for m in _TRAINING_METRICS)])
-    table = markdown(["model, sequence", "GPUs", "system", *_TRAINING_METRICS.values()], body)
-    note = _provenance(rows)
-    return "\n\n".join(
-        filter(None, [table, "`*` from `benchmarks/results/anchors.csv`." + (f" Ours: {note}." if note else "")])
-    )
-
-
-def _with_unit(row: Measurement) -> str:
-    if row.unit == "%":
-        return f"{row.value:.1f} %"
-    if row.unit == "tokens/s":
-        return f"{row.value:_.0f}".replace("_", " ")
-    return f"{row.value:.1f} {row.unit}"
-
-
-def recall_table(rows: Sequence[Measurement]) -> str:
-    """Answers found in another rank's shard."""
-    rows = latest([row for row in rows if row.name.startswith("recall/")])
-    if not rows:
-        return "Not measured yet."
-    body = [[row.config, row.name.split("/", 1)[1], f"{row.value:.1f} {row.unit}"] for row in rows]
-    return markdown(["task", "attention", "answered"], body)
-
-
-TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
-    "attention": attention_table,
-    "training": training_table,
-    "recall": recall_table,
-}
-
-_REGION = re.compile(r"(?P<open><!-- table: (?P<name>[^\n>]*?) -->\n)(?P<text>.*?)(?P<close><!-- end -->)", re.DOTALL)
-
-
-def render(text: str, rows: Sequence[Measurement]) -> str:
-    """`text` with every marked table made anew.
-
-    Raises:
-        ConfigError: a marker names no table, or has no end.
-    """
-
-    def replaced(match: re.Match[str]) -> str:
-        name = match["name"]
-        if name not in TABLES:
-            raise ConfigError(f"<!-- table: {name} --> is not a table: {did_you_mean(name, TABLES)}")
-        return f"{match['open']}\n{TABLES[name](rows)}\n\n{match['close']}"
-
-    starts, regions = text.count("<!-- table: "), len(_REGION.findall(text))
-    if starts != regions:
-        raise ConfigError(f"{starts} table markers but {regions} tables: each needs its <!-- end -->")
-    return _REGION.sub(replaced, text)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line of `python -m longctx.results`."""
     p = argparse.ArgumentParser(prog="python -m longctx.results", description=__doc__.splitlines()[0])
@@ -374,12 +227,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m longctx.results`; returns the exit code."""
+    # Here: the tables are made of what this module reads.
+    from longctx.tables import render, with_unit
+
     args = parser().parse_args(argv)
     try:
         if args.from_run:
             rows = rows_of_run(args.from_run, args.name)
             append(args.results / "training.csv", rows)
-            print("\n".join(f"{row.name}, {row.config}: {row.metric} {_with_unit(row)}" for row in rows))
+            print("\n".join(f"{row.name}, {row.config}: {row.metric} {with_unit(row)}" for row in rows))
             return 0
         if not args.readme.exists():
             raise ConfigError(f"no such file: {args.readme}; name one with --readme")

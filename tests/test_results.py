@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx import results
+from longctx import results, tables
 from longctx.errors import ConfigError
 from longctx.model import ModelConfig
-from longctx.results import COLUMNS, OWN_COLUMNS, Measurement, append, latest, main, read, render
+from longctx.results import COLUMNS, OWN_COLUMNS, Measurement, append, main, read
+from longctx.tables import latest, render
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\x00"), max_size=20)
 
@@ -115,7 +116,7 @@ class TestTables:
             row(name="attention/fa4", value=642.0, source="measured earlier"),
             row(name="attention/fa4", metric="backward", value=617.0, source="measured earlier"),
         ]
-        text = results.attention_table(rows)
+        text = tables.attention_table(rows)
         assert "| 1 x 32k, 16/16 heads of 128, causal | 800 | 642* / 617* | 402 / 331 | - |" in text
         assert "GPU X, torch 2.11.0, triton 3.6.0, commit abc123, 2026-01-02" in text
 
@@ -123,7 +124,7 @@ class TestTables:
         anchor = row(name="attention/fa2", value=300.0, source="measured earlier", date="")
         measured = row(name="attention/fa2", value=310.0)
         for rows in ([anchor, measured], [measured, anchor]):
-            text = results.attention_table(rows)
+            text = tables.attention_table(rows)
             assert "310 / -" in text
             assert "300" not in text
 
@@ -135,11 +136,28 @@ class TestTables:
             row(**here, metric="memory", value=16.94, unit="GiB"),
             row(**(here | {"name": "train/other"}), metric="mfu", value=34.6, unit="%", source="measured"),
         ]
-        text = results.training_table(rows)
+        text = tables.training_table(rows)
         assert "| 1.24B parameters, 64k tokens | 1 x GPU X | longctx | 17 000 | 35.0 % | - | 16.9 GiB |" in text
         assert "| other* | - | 34.6 % | - | - |" in text
 
-    @pytest.mark.parametrize("name", results.TABLES)
+    def test_a_ring_is_compared_with_one_gpu(self):
+        here = {"name": "train/longctx", "config": "1B", "metric": "tokens/s", "unit": "tokens/s"}
+        losses = {"config": "1B", "unit": "nats/token"}
+        rows = [
+            row(**here, value=10000.0),
+            row(**here, value=19000.0, gpus=2),
+            row(**here, value=99000.0, gpus=4, gpu="GPU Y"),
+            row(**losses, name="losses/ring 1", metric="loss of step 0", value=2.0),
+            row(**losses, name="losses/ring 1", metric="loss of step 1", value=4.0),
+            row(**losses, name="losses/ring 2", metric="loss of step 0", value=2.002, gpus=2),
+            row(**losses, name="losses/ring 2", metric="loss of step 1", value=3.98, gpus=2),
+        ]
+        lines = tables.ring_table(rows).splitlines()
+        assert len(lines) == 3, "a GPU that was not measured alone has no line"
+        assert lines[2] == "| 1B | 2 x GPU X | 9 500 | 95.0 % | 5e-03 over 2 steps |"
+        assert tables.ring_table(rows[:2]).splitlines()[2].endswith("| 95.0 % | - |")
+
+    @pytest.mark.parametrize("name", tables.TABLES)
     def test_without_measurements_a_table_says_so(self, name):
         text = render(README.format(name), [])
         assert "not measured yet" in text.lower()
@@ -275,6 +293,6 @@ def test_every_results_file_can_be_read():
     rows = read(results.RESULTS)
     assert rows
     for r in rows:
-        assert r.name.split("/")[0] in {"attention", "train", "recall"}, f"{r.name} is shown in no table"
+        assert r.name.split("/")[0] in {"attention", "train", "recall", "losses"}, f"{r.name} is shown in no table"
         assert r.value > 0
         assert r.source or (r.commit and r.date), f"{r}: our own figures name commit and date"

@@ -1,0 +1,195 @@
+"""The README's tables, made from measurements."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from longctx.errors import ConfigError, did_you_mean
+from longctx.results import Measurement
+
+
+def latest(rows: Iterable[Measurement]) -> list[Measurement]:
+    """The newest row of each (name, gpu, gpus, config, metric), in the order in which these first appear."""
+    newest: dict[tuple, Measurement] = {}
+    for row in rows:
+        key = (row.name, row.gpu, row.gpus, row.config, row.metric)
+        # Of rows of one time, or of none, the later line holds.
+        if key not in newest or row.date >= newest[key].date:
+            newest[key] = row
+    return list(newest.values())
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column left, the others right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _provenance(rows: Sequence[Measurement]) -> str:
+    """Where and when the newest of our own rows was measured."""
+    own = [row for row in rows if not row.source]
+    if not own:
+        return ""
+    row = max(own, key=lambda r: r.date)
+    return f"{row.gpu}, torch {row.torch}, triton {row.triton}, commit {row.commit}, {row.date[:10]}"
+
+
+# system -> column, in order; "*" marks the figures that stand in anchors.csv only.
+_ATTENTION_COLUMNS = {
+    "matmul": "matmul bound",
+    "fa2": "FA2 (torch)",
+    "flex": "Flex",
+    "cudnn-torch": "cuDNN (torch)",
+    "fa4": "FA4",
+    "triton": "**ours: triton**",
+    "cudnn": "**ours: around cuDNN**",
+}
+
+
+def attention_table(rows: Sequence[Measurement]) -> str:
+    """Forward / backward TFLOP/s of one GPU: a row a shape, a column an implementation."""
+    rows = [row for row in rows if row.name.startswith("attention/")]
+    if not rows:
+        return "Not measured yet."
+    tables = []
+    for gpu in dict.fromkeys(row.gpu for row in rows):
+        here = latest([r for r in rows if r.gpu == gpu and not r.source])
+        anchors = latest([r for r in rows if r.gpu == gpu and r.source])
+        cells: dict[tuple[str, str], dict[str, str]] = {}
+        for row in (*anchors, *here):
+            mark = "*" if row.source else ""
+            cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = f"{row.value:.0f}{mark}"
+        known = {**_ATTENTION_COLUMNS, **{s: s for _, s in cells if s not in _ATTENTION_COLUMNS}}
+        systems = [s for s in known if any(system == s for _, system in cells) or s in ("triton", "cudnn")]
+        body = []
+        for config in dict.fromkeys(r.config for r in (*anchors, *here) if r.name != "attention/matmul"):
+            line = [config]
+            for system in systems:
+                # The bound is one figure of the whole run, written in every row.
+                got = cells.get((config, system)) or (system == "matmul" and _any_config(cells, system)) or {}
+                line.append(" / ".join(got.get(m, "-") for m in ("forward", "backward")) if got else "-")
+                if system == "matmul" and got:
+                    line[-1] = got["forward"]
+            body.append(line)
+        note = _provenance(here) or f"{gpu}; ours not measured yet"
+        tables.append(
+            f"{note}; TFLOP/s forward / backward, bf16\n\n{markdown(['batch x length, heads, mask', *(known[s] for s in systems)], body)}"
+        )
+    footnote = "`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`); all other figures of a row come from one run."
+    return "\n\n".join([*tables, footnote])
+
+
+def _any_config(cells: dict[tuple[str, str], dict[str, str]], system: str) -> dict[str, str] | None:
+    return next((got for (_, s), got in cells.items() if s == system), None)
+
+
+_TRAINING_METRICS = {"tokens/s": "tokens/s", "mfu": "MFU", "mfu dense": "MFU if dense", "memory": "peak memory"}
+
+
+def training_table(rows: Sequence[Measurement]) -> str:
+    """Training steps: a row a system and configuration, peers beside ours."""
+    rows = latest([row for row in rows if row.name.startswith("train/")])
+    if not rows:
+        return "Not measured yet."
+    body = []
+    for config, gpus, gpu in dict.fromkeys((r.config, r.gpus, r.gpu) for r in rows):
+        of_config = [r for r in rows if (r.config, r.gpus, r.gpu) == (config, gpus, gpu)]
+        for name in dict.fromkeys(r.name for r in of_config):
+            got = {r.metric: r for r in of_config if r.name == name}
+            line = [
+                config,
+                f"{gpus} x {gpu}" if gpus else gpu,
+                name.split("/", 1)[1] + ("*" if all(r.source for r in got.values()) else ""),
+            ]
+            body.append([*line, *(with_unit(got[m]) if m in got else "-" for m in _TRAINING_METRICS)])
+    table = markdown(["model, sequence", "GPUs", "system", *_TRAINING_METRICS.values()], body)
+    note = _provenance(rows)
+    return "\n\n".join(
+        filter(None, [table, "`*` from `benchmarks/results/anchors.csv`." + (f" Ours: {note}." if note else "")])
+    )
+
+
+def with_unit(row: Measurement) -> str:
+    """A value as a reader expects it: `35.0 %`, `17 000`, `16.9 GiB`."""
+    if row.unit == "%":
+        return f"{row.value:.1f} %"
+    if row.unit == "tokens/s":
+        return f"{row.value:_.0f}".replace("_", " ")
+    return f"{row.value:.1f} {row.unit}"
+
+
+def ring_table(rows: Sequence[Measurement]) -> str:
+    """What a ring costs: the same model and sequence on several GPUs beside one of them, in speed and in losses."""
+    rows = latest(rows)
+    body = []
+    for row in rows:
+        if row.name != "train/longctx" or row.metric != "tokens/s" or row.gpus < 2:
+            continue
+        alone = [
+            r
+            for r in rows
+            if (r.name, r.config, r.gpu, r.metric, r.gpus) == (row.name, row.config, row.gpu, row.metric, 1)
+        ]
+        if alone:
+            per_gpu = row.value / row.gpus
+            body.append(
+                [
+                    row.config,
+                    f"{row.gpus} x {row.gpu}",
+                    with_unit(replace(row, value=per_gpu)),
+                    f"{100 * per_gpu / alone[0].value:.1f} %",
+                    _loss_difference(rows, row),
+                ]
+            )
+    if not body:
+        return "Not measured yet."
+    header = ["model, sequence", "GPUs", "tokens/s a GPU", "of one GPU's speed", "losses differ by at most"]
+    return markdown(header, body)
+
+
+def _loss_difference(rows: Sequence[Measurement], row: Measurement) -> str:
+    """The largest relative difference between the losses of the same steps on `row.gpus` GPUs and on one."""
+    losses = [r for r in rows if r.name.startswith("losses/") and (r.config, r.gpu) == (row.config, row.gpu)]
+    alone = {r.metric: r.value for r in losses if r.gpus == 1}
+    pairs = [(r.value, alone[r.metric]) for r in losses if r.gpus == row.gpus and r.metric in alone]
+    return f"{max(abs(a - b) / b for a, b in pairs):.0e} over {len(pairs)} steps" if pairs else "-"
+
+
+def recall_table(rows: Sequence[Measurement]) -> str:
+    """Answers found in another rank's shard."""
+    rows = latest([row for row in rows if row.name.startswith("recall/")])
+    if not rows:
+        return "Not measured yet."
+    body = [[row.config, row.name.split("/", 1)[1], f"{row.value:.1f} {row.unit}"] for row in rows]
+    return markdown(["task", "attention", "answered"], body)
+
+
+TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
+    "attention": attention_table,
+    "training": training_table,
+    "ring": ring_table,
+    "recall": recall_table,
+}
+
+_REGION = re.compile(r"(?P<open><!-- table: (?P<name>[^\n>]*?) -->\n)(?P<text>.*?)(?P<close><!-- end -->)", re.DOTALL)
+
+
+def render(text: str, rows: Sequence[Measurement]) -> str:
+    """`text` with every marked table made anew.
+
+    Raises:
+        ConfigError: a marker names no table, or has no end.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ConfigError(f"<!-- table: {name} --> is not a table: {did_you_mean(name, TABLES)}")
+        return f"{match['open']}\n{TABLES[name](rows)}\n\n{match['close']}"
+
+    starts, regions = text.count("<!-- table: "), len(_REGION.findall(text))
+    if starts != regions:
+        raise ConfigError(f"{starts} table markers but {regions} tables: each needs its <!-- end -->")
+    return _REGION.sub(replaced, text)
