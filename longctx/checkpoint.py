@@ -65,11 +65,13 @@ class TrainState:
         step: optimizer steps done.
         cursor: samples consumed, over all processes: where the data go on, whatever the number of processes.
         tokens: tokens consumed, over all processes.
+        data: what `cursor` counts: `ShardedLoader.order` of the run.
     """
 
     step: int = 0
     cursor: int = 0
     tokens: int = 0
+    data: str = ""
 
 
 def save_checkpoint(

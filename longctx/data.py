@@ -215,6 +215,12 @@ class ShardedLoader:
         """Tokens in one optimizer step, over all ranks."""
         return self.samples_per_step * self.seq_len
 
+    @property
+    def order(self) -> str:
+        """What decides which text a cursor stands for, as text; equal where the same cursor reads the same tokens."""
+        shuffled = f"shuffled by seed {self.seed}" if self.shuffle else "in order"
+        return f"text {self.dataset.digest}, sequences of {self.seq_len}, {shuffled}"
+
     def sample_index(self, cursor: int) -> int:
         """Which sample of the dataset is the `cursor`-th of the training."""
         epoch, place = divmod(cursor, self.num_samples)

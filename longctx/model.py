@@ -51,6 +51,7 @@ class ModelConfig:
     """The shape of a transformer. Llama, Mistral (`sliding_window`), Qwen2 (`qkv_bias`) and Qwen3 (`qk_norm`) are cases of it.
 
     Args:
+        vocab_size: the default holds bytes and the end of a document, rounded up to a multiple of 8.
         num_kv_heads: None: `num_heads`.
         head_dim: even; None: `hidden_size / num_heads`.
         intermediate_size: of the SwiGLU; None: 8/3 of `hidden_size`, rounded up to a multiple of 64.
@@ -65,7 +66,7 @@ class ModelConfig:
     Source: Llama 3 (arXiv 2407.21783); GPT-2 for the start of the residual projections.
     """
 
-    vocab_size: int = 256
+    vocab_size: int = 264
     hidden_size: int = 256
     num_layers: int = 4
     num_heads: int = 4

@@ -201,8 +201,17 @@ class Trainer:
         with self.launch.together("the checkpoint"):
             if self.resume_from is not None:
                 self.state = load_checkpoint(self.resume_from, self.engine, asdict(config.model))
+        self.state, before = replace(self.state, data=self.loader.order), self.state
+        if self.resume_from is not None and before.data != self.state.data:
+            # A cursor means nothing in other data: a further stage of training begins with their first sample.
+            self.state = replace(self.state, cursor=0)
         if self._progress is not None and self.resume_from is not None:
             self._progress.say(f"resumed   at step {self.state.step}, sample {self.state.cursor:_}")
+            if before.data != self.state.data:
+                self._progress.say(
+                    f"note      the checkpoint's data were other ({before.data or 'not recorded'}; now "
+                    f"{self.state.data}): samples are read from the first on"
+                )
             self._progress.begin_at(self.state.step)
         self.launch.is_working = True
 

@@ -77,6 +77,18 @@ def test_a_finished_run_has_nothing_left_to_do(alone):
     assert steps_of(folder) == before
 
 
+def test_going_on_with_other_data_begins_them_at_their_start(alone, tmp_path):
+    folder, config, _, _ = alone
+    (saved,) = (folder / "run" / "checkpoints").glob("step-*")
+    words = ("--config", config, "--resume", saved, f"--train.run_dir={tmp_path}", "--train.steps=4")
+    further = train("python", 1, *words, "--data.seq_len=64")
+    assert further.returncode == 0, further.stdout
+    assert "the checkpoint's data were other" in further.stdout
+    (step,) = read_metrics(tmp_path / "metrics.jsonl")
+    last = steps_of(folder)[-1]
+    assert (step["step"], step["cursor"], step["tokens"]) == (3, 1, last["tokens"] + 64)
+
+
 def test_a_new_run_in_an_old_folder_keeps_the_old_records(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     for loss in (1.0, 2.0, 3.0):
