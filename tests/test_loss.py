@@ -60,7 +60,9 @@ def assert_as_good_as_torch(ours, torchs, exact, dtype, noise=0.0):
         for norm in (lambda x: x.abs().max(), lambda x: x.square().mean().sqrt()):
             mine, theirs = (norm(x[name].detach().cpu().double() - exact[name].detach()) for x in (ours, torchs))
             luck = 3 * noise if name == "loss" else 0.0
-            assert mine <= max(2 * theirs, luck) + ulp * norm(exact[name].detach()), f"{name}: {mine:.3g} against {theirs:.3g}"
+            assert mine <= max(2 * theirs, luck) + ulp * norm(exact[name].detach()), (
+                f"{name}: {mine:.3g} against {theirs:.3g}"
+            )
 
 
 @pytest.mark.parametrize("labels", LABELS)
