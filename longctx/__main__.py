@@ -21,7 +21,7 @@ COMMANDS = {
     "train": ("longctx.__main__", "train a model; the same as train.py"),
     "layout": ("longctx.draw", "draw who holds what, and the work of each hop"),
     "info": ("longctx.info", "versions, devices, and which kernels can be used here and why not"),
-    "bench": ("longctx.bench", "measure attention and training against the hardware's limits and other libraries"),
+    "bench": ("longctx.bench", "measure attention against the hardware's limit and other libraries"),
 }
 
 

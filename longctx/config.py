@@ -35,7 +35,7 @@ from longctx.settings import (
     is_none,
     toml_tables,
 )
-from longctx.tokens import load_tokenizer
+from longctx.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from longctx.data import DataConfig

@@ -27,7 +27,8 @@ from longctx.corpus import find_corpus
 from longctx.errors import DataError, Problem
 from longctx.layout import SequenceLayout, SequenceMeta
 from longctx.masks import AttentionMask, Causal, Documents
-from longctx.tokens import TokenDataset, load_tokenizer, open_tokens
+from longctx.tokenizer import load_tokenizer
+from longctx.tokens import TokenDataset, open_tokens
 
 # Labels with this value are no targets.
 NO_TARGET = -100

@@ -25,7 +25,7 @@ LAYERS = (
     ("L2", ("parallel.mesh", "parallel.exchange", "parallel.ring", "parallel.loss")),
     ("L3", ("functional",)),
     ("L4", ("attention", "rope", "model")),
-    ("L5 text and numbers", ("settings", "corpus", "tokens", "data", "metrics", "results", "tables")),
+    ("L5 text and numbers", ("settings", "corpus", "tokenizer", "tokens", "data", "metrics", "results", "tables")),
     ("L5 DeepSpeed", ("optim", "deepspeed_setup", "engine", "checkpoint_files", "checkpoint_folder", "checkpoint")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),

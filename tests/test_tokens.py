@@ -18,10 +18,12 @@ import tokenizers
 from filelock import FileLock
 
 from longctx import corpus as corpus_module
+from longctx import tokenizer as tokenizer_module
 from longctx import tokens as tokens_module
 from longctx.corpus import find_corpus
 from longctx.errors import DataError
-from longctx.tokens import ByteTokenizer, FileTokenizer, TokenDataset, open_tokens
+from longctx.tokenizer import ByteTokenizer, FileTokenizer
+from longctx.tokens import TokenDataset, open_tokens
 
 EOD = ByteTokenizer.end_of_document
 
@@ -309,7 +311,7 @@ def test_tokenizer_replaces_what_is_not_utf8(tmp_path):
 )
 def test_long_document_is_tokenised_in_pieces(text, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "CHUNK_BYTES", 10)
-    monkeypatch.setattr(tokens_module, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(tokenizer_module, "CHUNK_BYTES", 100)
     path = word_tokenizer(tmp_path / "tokenizer.json", ["</s>"])
     (tmp_path / "a.txt").write_text(text)
     pieces = []
