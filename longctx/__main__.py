@@ -1,4 +1,4 @@
-"""`longctx` on the command line: `longctx train | layout | info | bench`, the same as `python -m longctx`."""
+"""`longctx` on the command line, the same as `python -m longctx`: `longctx train`, `longctx layout` and so on."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from longctx.preparation import dry_run
 from longctx.process import EXIT_USER_ERROR, tell
 from longctx.trainer import Trainer
 
-# command -> (module with `main(argv)`, what it is for)
+# command -> (module with `main(argv)`, or module:function, what it is for)
 COMMANDS = {
     "train": ("longctx.__main__", "train a model; the same as train.py"),
     "layout": ("longctx.draw", "draw who holds what, and the work of each hop"),
     "info": ("longctx.info", "versions, devices, and which kernels can be used here and why not"),
+    "export": ("longctx.weights:main_export", "write a checkpoint's weights as Hugging Face's safetensors"),
+    "import": ("longctx.weights:main_import", "settings of a run that starts from such weights"),
     "bench": ("longctx.bench", "measure attention against the hardware's limit and other libraries"),
 }
 
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "train":
         return train(rest)
     try:
-        return importlib.import_module(COMMANDS[command][0]).main(rest)
+        module, _, function = COMMANDS[command][0].partition(":")
+        return getattr(importlib.import_module(module), function or "main")(rest)
     except LongCtxError as error:
         tell(f"{type(error).__name__}: {error}")
         return EXIT_USER_ERROR

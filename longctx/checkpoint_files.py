@@ -44,14 +44,17 @@ class Files:
         text = json.dumps(value, indent=1, allow_nan=False)
         self._write(path, lambda stream: stream.write(text.encode()))
 
-    def load(self, path: str | Path, map_location: Any = None) -> Any:
+    def load(self, path: str | Path, map_location: Any = None, *, mmap: bool = False) -> Any:
         """What `save` wrote: tensors, plain containers and the classes of `_deepspeed_classes`.
+
+        Args:
+            mmap: tensors stay in the file until they are read; `map_location` must be the CPU.
 
         Raises:
             pickle.UnpicklingError: there is something else in it.
         """
         with torch.serialization.safe_globals(_deepspeed_classes()):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
     def finish(self) -> list[WrittenFile]:
         """What was written.

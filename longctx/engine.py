@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -365,8 +365,14 @@ def build_engine(
     *,
     total_steps: int,
     seed: int = 0,
+    load: Callable[[nn.Module], None] | None = None,
 ) -> TrainEngine:
-    """A new `Transformer` with the weights of `seed`, the same on every process, in a `TrainEngine`."""
+    """A new `Transformer` in a `TrainEngine`, its weights those of `seed`, or what `load` makes of them.
+
+    Args:
+        load: sets the parameters of the model, which is whole and on the CPU then; the same on every process. bf16 training
+            rounds fp32 weights and works on from the rounded ones.
+    """
     from longctx.model import Transformer
 
     model = Transformer(
@@ -377,4 +383,6 @@ def build_engine(
         fused=engine_config.fused,
         seed=seed,
     )
+    if load is not None:
+        load(model)
     return TrainEngine(model, mesh, engine_config, optim_config, total_steps=total_steps)

@@ -18,6 +18,7 @@ from longctx.launch import Launch, Place, choose_device
 from longctx.parallel.plan import ParallelPlan
 from longctx.progress import in_bytes
 from longctx.results import environment, version
+from longctx.weights import WeightsFolder
 
 if TYPE_CHECKING:
     from longctx.config import Config
@@ -39,6 +40,8 @@ def dry_run(config: Config, launch: Launch, *, world_size: int | None = None) ->
     place = launch.place if world_size is None else Place(rank=0, world_size=world_size)
     with launch.together("the configuration"):
         plan, device = settle(config, place)
+    with launch.together("the weights to start from"):
+        weights = weights_to_start_from(config)
     with launch.together("the data", timeout_s=DATA_TIMEOUT_S):
         dataset, loader = open_data(config, plan, place.rank, torch.device("cpu"))
     shape = config.model.shape
@@ -52,6 +55,7 @@ def dry_run(config: Config, launch: Launch, *, world_size: int | None = None) ->
         f"step      {_step_line(config, plan, loader)}",
         *(f"batch {i}   {_batch_line(batch)}" for i, batch in enumerate(loader.step(0))),
         f"model     {shape.num_params:_} parameters, {dtype}",
+        *_weights_lines(config, weights),
         f"memory    about {in_bytes(held)} on each rank for parameters, gradients and optimizer (ZeRO "
         f"{config.engine.zero_stage} over {plan.grad_world}); activations come on top",
     ]
@@ -66,6 +70,7 @@ def choices(
     *,
     data: tuple[TokenDataset, ShardedLoader],
     resume_from: Path | None,
+    init_from: WeightsFolder | None,
     has_peak: bool,
     threads: str,
 ) -> Iterator[str]:
@@ -86,6 +91,7 @@ def choices(
     yield f"dtype     {dtype}{because}{known}"
     yield f"data      {dataset.describe()}"
     yield f"model     {config.model.shape.num_params:_} parameters"
+    yield from _weights_lines(config, init_from)
     yield f"step      {_step_line(config, plan, loader)}"
     if config.train.resume == "never":
         yield "resume    from the start (train.resume = never)"
@@ -138,6 +144,19 @@ def open_data(
     return dataset, loader
 
 
+def weights_to_start_from(config: Config) -> WeightsFolder | None:
+    """The folder of `train.init_from`; only headers are read.
+
+    Raises:
+        CheckpointError: it cannot be used, or is of another model.
+    """
+    if config.train.init_from is None:
+        return None
+    folder = WeightsFolder(config.train.init_from)
+    folder.fits(config.model)
+    return folder
+
+
 def about(config: Config, plan: ParallelPlan, device: torch.device) -> dict[str, Any]:
     """What a result depends on: for the first record of metrics.jsonl, and for wandb."""
     is_gpu = device.type == "cuda"
@@ -149,6 +168,13 @@ def about(config: Config, plan: ParallelPlan, device: torch.device) -> dict[str,
         "deepspeed": version("deepspeed"),
         "longctx": version("longctx"),
     }
+
+
+def _weights_lines(config: Config, init_from: WeightsFolder | None) -> Iterator[str]:
+    if init_from is not None:
+        yield f"weights   from {init_from.path} (train.init_from)"
+        for difference in init_from.fits(config.model):
+            yield f"note      {difference}"
 
 
 def _step_line(config: Config, plan: ParallelPlan, loader: ShardedLoader) -> str:

@@ -31,11 +31,12 @@ from longctx.launch import Launch, Place, StartError
 from longctx.metrics import Meter, MetricsFile, peak_flops, peak_memory_bytes, step_work
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
-from longctx.preparation import DATA_TIMEOUT_S, about, choices, open_data, settle
+from longctx.preparation import DATA_TIMEOUT_S, about, choices, open_data, settle, weights_to_start_from
 from longctx.process import seed_everything, set_cpu_threads, tell
 from longctx.progress import Progress, log_to
 from longctx.recorder import Recorder, WandbRun
 from longctx.watchdog import Watchdog
+from longctx.weights import WeightsFolder
 
 if TYPE_CHECKING:
     from longctx.config import Config
@@ -54,6 +55,8 @@ class TrainConfig:
     Args:
         steps: optimizer steps of the whole run, those before a resume included.
         seed: of the initial weights.
+        init_from: a folder of weights to start from, in Hugging Face's layout, as `longctx import` checks it; None: random
+            ones. A run that is resumed goes on from its checkpoint.
         run_dir: metrics, checkpoints and wandb's files go here; shared by all machines.
         save_every: steps between checkpoints; there is always one at the end. 0: only that.
         keep: checkpoints that are kept.
@@ -64,6 +67,7 @@ class TrainConfig:
 
     steps: int = 100
     seed: int = 0
+    init_from: str | None = None
     run_dir: str = "runs/default"
     save_every: int = 0
     keep: int = 2
@@ -85,8 +89,8 @@ class TrainConfig:
                     "heartbeats come once a second, and the first step may compile for minutes",
                 )
             )
-        for name in ("run_dir", "resume"):
-            if not getattr(self, name):
+        for name in ("run_dir", "resume", "init_from"):
+            if getattr(self, name) == "":
                 found.append(Problem(f"train.{name} is empty", "leave it out for its default"))
         return found
 
@@ -162,6 +166,10 @@ class Trainer:
         shared_out = sharing(config.engine, plan, device.type)
         found = launch.from_first("the checkpoint to resume from", lambda: str(self._find_checkpoint(shared_out) or ""))
         self.resume_from = Path(found) if found else None
+        self.init_from: WeightsFolder | None = None
+        with launch.together("the weights to start from"):
+            if self.resume_from is None:
+                self.init_from = weights_to_start_from(config)
         with launch.together("the data", timeout_s=DATA_TIMEOUT_S):
             self.dataset, self.loader = open_data(config, plan, self.rank, device)
         threads = set_cpu_threads(launch.place.world_size)
@@ -179,6 +187,7 @@ class Trainer:
                 device,
                 data=(self.dataset, self.loader),
                 resume_from=self.resume_from,
+                init_from=self.init_from,
                 has_peak=peak is not None,
                 threads=threads,
             )
@@ -196,7 +205,13 @@ class Trainer:
         self.launch.start_process_group(device, timeout_s)
         mesh = ParallelMesh.create(plan, device=device, timeout=timedelta(seconds=timeout_s))
         self.engine: TrainEngine = build_engine(
-            config.model, config.engine, config.optim, mesh, total_steps=config.train.steps, seed=config.train.seed
+            config.model,
+            config.engine,
+            config.optim,
+            mesh,
+            total_steps=config.train.steps,
+            seed=config.train.seed,
+            load=self.init_from.load_into if self.init_from is not None else None,
         )
         with self.launch.together("the checkpoint"):
             if self.resume_from is not None:

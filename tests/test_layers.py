@@ -27,6 +27,7 @@ LAYERS = (
     ("L4", ("attention", "rope", "model")),
     ("L5 text and numbers", ("settings", "corpus", "tokenizer", "tokens", "data", "metrics", "results", "tables")),
     ("L5 DeepSpeed", ("optim", "deepspeed_setup", "engine", "checkpoint_files", "checkpoint_folder", "checkpoint")),
+    ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
     ("L6 commands", ("peers", "bench", "draw", "info", "__main__")),

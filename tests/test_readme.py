@@ -15,6 +15,7 @@ import longctx
 from longctx import bench, draw, info, results
 from longctx.__main__ import COMMANDS, TrainArguments
 from longctx.config import Config, key_names, load_config
+from longctx.weights import export_parser, import_parser, parse_bytes
 
 ROOT = Path(longctx.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -73,6 +74,10 @@ def _longctx(words):
         args = bench.parser().parse_args(rest)
         assert bench._cases(args)
         assert bench._entrants(args)
+    elif command == "import":
+        assert import_parser().parse_args(rest).config
+    elif command == "export":
+        assert parse_bytes(export_parser().parse_args(rest).shard_size)
     else:
         pytest.fail(f"longctx {command} in the README is run by no test")
 
