@@ -147,7 +147,7 @@ def from_hf_config(hf: dict[str, Any], *, where: str) -> ModelConfig:
     values["rope_theta"], values["rope_scaling"], wrong = _rope(hf)
     found += wrong
     if not found:
-        found += _of_wrong_type(ModelConfig, values, _NAMES)
+        values, found = _checked(ModelConfig, values, _NAMES)
     config = None if found else ModelConfig(**values)
     found += config.problems() if config is not None else []
     if config is None or found:
@@ -300,7 +300,8 @@ def _rope(hf: dict[str, Any]) -> tuple[Any, RopeScaling | None, list[Problem]]:
         Problem(f"{name}.{key} is missing") for key in _ROPE_KEYS["llama3"] if kind == "llama3" and key not in rest
     ]
     theirs_of = {"original_max_position": f"{name}.original_max_position_embeddings", "factor": f"{name}.factor"}
-    found = found or _of_wrong_type(RopeScaling, values, theirs_of)
+    if not found:
+        values, found = _checked(RopeScaling, values, theirs_of)
     return theta, None if found else RopeScaling(**values), found
 
 
@@ -322,14 +323,15 @@ def _rope_out(config: ModelConfig) -> tuple[float, dict[str, Any]]:
     return config.rope_theta, rope
 
 
-def _of_wrong_type(cls: type, values: dict[str, Any], names: dict[str, str]) -> list[Problem]:
-    found = []
+def _checked(cls: type, values: dict[str, Any], names: dict[str, str]) -> tuple[dict[str, Any], list[Problem]]:
+    """The values in the types of the fields of `cls`, and those that are of another; `names` are theirs."""
+    right, found = {}, []
     for name, value in values.items():
         try:
-            checked(value, field_types(cls)[name])
+            right[name] = checked(value, field_types(cls)[name])
         except TypeError as error:
             found.append(Problem(f"{names.get(name, name)} = {value!r} {error.args[0]}", error.args[1]))
-    return found
+    return right, found
 
 
 def _shortened(value: Any) -> str:

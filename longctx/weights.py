@@ -120,7 +120,11 @@ class WeightsFolder:
     def _files(self) -> dict[str, str]:
         """Name of each tensor -> its file."""
         index = self.path / INDEX
-        if index.is_file():
+        # Where both are there, transformers, too, takes the one file.
+        if (self.path / SINGLE).is_file():
+            with self._reading(SINGLE) as tensors:
+                found = dict.fromkeys(tensors.keys(), SINGLE)
+        elif index.is_file():
             try:
                 found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 files = set(found.values())
@@ -131,9 +135,6 @@ class WeightsFolder:
             if wrong or absent:
                 what = f"names files that are not in it: {', '.join(wrong)}" if wrong else f"lacks {', '.join(absent)}"
                 raise CheckpointError(f"{self.path} {what}\n       {INDEX} lists them; copy the whole folder")
-        elif (self.path / SINGLE).is_file():
-            with self._reading(SINGLE) as tensors:
-                found = dict.fromkeys(tensors.keys(), SINGLE)
         else:
             pickled = any(self.path.glob("*.bin"))
             hint = (
@@ -189,7 +190,7 @@ def export(
 ) -> list[Path]:
     """Write a training checkpoint of any ZeRO stage and number of processes as a folder that transformers loads.
 
-    The folder appears when it is complete. Memory holds one shard at a time.
+    The folder appears when it is complete. Memory holds one shard at a time, twice while it is written.
 
     Args:
         out: a folder that does not exist, or is empty.

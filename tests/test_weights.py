@@ -429,6 +429,47 @@ def test_fields_that_are_left_out_mean_what_transformers_means():
         )
 
 
+PUBLISHED = {
+    "Llama-3.1-8B": (
+        dict(
+            **dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32),
+            **dict(num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072),
+            **dict(attention_bias=False, attention_dropout=0.0, bos_token_id=128000, hidden_act="silu"),
+            **dict(eos_token_id=[128001, 128008, 128009], initializer_range=0.02, mlp_bias=False, pretraining_tp=1),
+            rope_scaling={
+                **dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_type="llama3"),
+                "original_max_position_embeddings": 8192,
+            },
+            **dict(rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=False, torch_dtype="bfloat16"),
+            **dict(transformers_version="4.42.3", use_cache=True, architectures=["LlamaForCausalLM"]),
+        ),
+        8_030_261_248,
+    ),
+    "Qwen2.5-0.5B, stretched": (
+        dict(
+            **dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24),
+            **dict(num_attention_heads=14, num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768),
+            **dict(attention_dropout=0.0, bos_token_id=151643, eos_token_id=151643, hidden_act="silu"),
+            **dict(max_window_layers=24, sliding_window=32768, use_mrope=False, use_sliding_window=False),
+            rope_scaling={"factor": 4, "original_max_position_embeddings": 32768, "type": "yarn"},
+            **dict(rms_norm_eps=1e-6, rope_theta=1000000, tie_word_embeddings=True, torch_dtype="bfloat16"),
+        ),
+        494_032_768,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_read(name):
+    hf, num_params = PUBLISHED[name]
+    config = from_hf_config(hf, where="config.json")
+    assert config.shape.num_params == num_params
+    assert config.rope_scaling.kind == ("llama3" if name.startswith("Llama") else "yarn")
+    # Whole numbers where ours have a fraction, as in a TOML file.
+    assert isinstance(config.rope_theta, float)
+    assert isinstance(config.rope_scaling.factor, float)
+
+
 # ---- files that are not what they should be
 
 
