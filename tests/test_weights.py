@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,16 +15,8 @@ import torch.nn.functional as F
 from run_cases import clean_env, train, write_text
 from safetensors.torch import load_file, save_file
 from train_cases import ROWS, SEQ_LEN, full_step, shards
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from weights_cases import CASES, filled
 
 from longctx import checkpoint_weights
 from longctx.__main__ import main
@@ -33,103 +25,16 @@ from longctx.checkpoint_weights import CheckpointWeights
 from longctx.config import load_config
 from longctx.engine import EngineConfig, build_engine
 from longctx.errors import CheckpointError, ConfigError
-from longctx.hf_config import from_hf_config, to_hf_config
 from longctx.layout import SequenceMeta
 from longctx.masks import Causal
-from longctx.model import ModelConfig, Transformer
+from longctx.model import Transformer
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.preparation import weights_to_start_from
-from longctx.rope import RopeScaling, rope_frequencies
 from longctx.testing import run_distributed
 from longctx.weights import INDEX, SINGLE, WeightsFolder, export, import_config, parse_bytes, shards_of
 
-SIZES = dict(vocab_size=64, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=56, num_layers=2)
-HF_SIZES = dict(
-    vocab_size=64,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=56,
-    max_position_embeddings=128,
-    initializer_range=0.02,
-    bos_token_id=None,
-    eos_token_id=None,
-)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=5e5)
-YARN = dict(rope_type="yarn", factor=4.0, beta_fast=24.0, original_max_position_embeddings=32, rope_theta=1e6)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model of transformers, what it is here, and how it is trained in between."""
-
-    theirs: PreTrainedConfig
-    ours: ModelConfig
-    dtype: str
-    zero_stage: int
-    keep_elements: int = 0
-
-
-CASES = {
-    "llama-llama3": Case(
-        LlamaConfig(**HF_SIZES, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 16}),
-        ModelConfig(
-            **SIZES,
-            norm_eps=1e-6,
-            rope_theta=5e5,
-            rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_max_position=16),
-        ),
-        "fp32",
-        0,
-    ),
-    "llama-tied-linear": Case(
-        LlamaConfig(**HF_SIZES, rope_parameters={"rope_type": "linear", "factor": 4.0}, tie_word_embeddings=True),
-        ModelConfig(
-            **SIZES,
-            norm_eps=1e-6,
-            tie_embeddings=True,
-            rope_scaling=RopeScaling(kind="linear", factor=4.0, original_max_position=32),
-        ),
-        "bf16",
-        3,
-    ),
-    "qwen2-tied": Case(
-        Qwen2Config(**HF_SIZES, tie_word_embeddings=True, rms_norm_eps=1e-5),
-        ModelConfig(**SIZES, tie_embeddings=True, qkv_bias=True),
-        "fp32",
-        1,
-    ),
-    "qwen2-window": Case(
-        Qwen2Config(**HF_SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=0),
-        ModelConfig(**SIZES, norm_eps=1e-6, qkv_bias=True, sliding_window=7),
-        "bf16",
-        1,
-    ),
-    "qwen3-yarn": Case(
-        Qwen3Config(**HF_SIZES, head_dim=12, rope_parameters=YARN),
-        ModelConfig(
-            **SIZES,
-            head_dim=12,
-            norm_eps=1e-6,
-            qk_norm=True,
-            rope_theta=1e6,
-            rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_max_position=32, beta_fast=24.0),
-        ),
-        "fp32",
-        3,
-        # The norms stay whole on every process.
-        keep_elements=100,
-    ),
-    "mistral": Case(
-        MistralConfig(**HF_SIZES, sliding_window=5),
-        ModelConfig(**SIZES, norm_eps=1e-6, sliding_window=5),
-        "bf16",
-        2,
-    ),
-}
 # Parameters do not divide by three: the last partition is padded.
 WORLD = 3
 
@@ -142,10 +47,6 @@ def randomised(config: PreTrainedConfig) -> torch.nn.Module:
     for name, p in model.named_parameters():
         p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + (1.0 if name.endswith("norm.weight") else 0.0))
     return model
-
-
-def filled(config: ModelConfig) -> ModelConfig:
-    return replace(config, head_dim=config.head_size, num_kv_heads=config.kv_heads, intermediate_size=config.mlp_size)
 
 
 TOKENS = torch.randint(0, 64, (2, SEQ_LEN), generator=torch.Generator().manual_seed(1))
@@ -299,175 +200,6 @@ def test_tensors_are_cut_into_files_in_order():
     for text in ("5TB", "0", "GB", "-1GB"):
         with pytest.raises(ConfigError, match="is not a size of files"):
             parse_bytes(text)
-
-
-# ---- the configuration
-
-CONFIGS = {
-    "llama": ModelConfig(),
-    "llama3": CASES["llama-llama3"].ours,
-    "linear": CASES["llama-tied-linear"].ours,
-    "yarn": CASES["qwen3-yarn"].ours,
-    "yarn-mscale": ModelConfig(
-        rope_scaling=RopeScaling(
-            kind="yarn", factor=8.0, original_max_position=64, mscale=1.0, mscale_all_dim=0.7, truncate=False
-        )
-    ),
-    "yarn-attention": ModelConfig(
-        rope_scaling=RopeScaling(
-            kind="yarn", factor=8.0, original_max_position=64, attention_factor=1.25, beta_slow=2.0
-        )
-    ),
-    "qwen2-window": CASES["qwen2-window"].ours,
-    "mistral": CASES["mistral"].ours,
-    "odd-width": ModelConfig(hidden_size=36, num_heads=8, head_dim=16),
-}
-
-
-def read_back(hf: dict, folder: Path) -> PreTrainedConfig:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hf))
-    return AutoConfig.from_pretrained(folder)
-
-
-def frequencies(hf: PreTrainedConfig, head_dim: int) -> tuple[torch.Tensor, float]:
-    kind = hf.rope_parameters["rope_type"]
-    if kind == "default":
-        return hf.rope_parameters["rope_theta"] ** -(torch.arange(0, head_dim, 2).double() / head_dim), 1.0
-    return ROPE_INIT_FUNCTIONS[kind](hf, "cpu")
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_configurations_go_out_and_in(name, tmp_path):
-    config = CONFIGS[name]
-    hf = to_hf_config(config, dtype="bf16", max_position=None if config.rope_scaling else 4096, end_of_document=3)
-    assert from_hf_config(hf, where="config.json") == filled(config)
-    theirs = read_back(hf, tmp_path)
-    inv_freq, factor = rope_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
-    expected, expected_factor = frequencies(theirs, config.head_size)
-    torch.testing.assert_close(expected.double(), inv_freq, rtol=1e-5, atol=0)
-    assert factor == pytest.approx(expected_factor)
-    # As transformers 5 writes it again, with its other names.
-    theirs.save_pretrained(tmp_path / "again")
-    again = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert "rope_parameters" in again
-    assert from_hf_config(again, where="config.json") == filled(config)
-
-
-def test_static_ntk_goes_out_as_its_base(tmp_path):
-    config = ModelConfig(rope_scaling=RopeScaling(kind="ntk", factor=8.0, original_max_position=4096))
-    hf = to_hf_config(config, dtype="fp32", max_position=None, end_of_document=None)
-    assert hf["max_position_embeddings"] == 32768
-    again = from_hf_config(hf, where="config.json")
-    assert again.rope_scaling is None
-    ours, _ = rope_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
-    assert torch.equal(rope_frequencies(again.head_size, again.rope_theta)[0], ours)
-    torch.testing.assert_close(frequencies(read_back(hf, tmp_path), config.head_size)[0], ours, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"model_type": "gemma2"}, r"model_type = 'gemma2' is not supported"),
-        ({"hidden_act": "gelu"}, r"hidden_act = 'gelu' cannot be represented"),
-        ({"attention_bias": True}, r"attention_bias = True cannot"),
-        ({"mlp_bias": True}, r"mlp_bias = True cannot"),
-        ({"attention_dropout": 0.1}, r"attention_dropout = 0.1 cannot"),
-        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0.5 cannot"),
-        ({"quantization_config": {"bits": 4}}, r"quantization_config = \{'bits': 4\} is not known for a llama"),
-        ({"sliding_window": 4096}, r"sliding_window = 4096 is not known for a llama"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope_scaling.rope_type = 'dynamic' cannot"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, r"rope_type = 'longrope' cannot"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor = 0.5"),
-        ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, r"rope_parameters differs between"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"rope_scaling.low_freq_factor is missing"),
-        ({"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling.factor = None is"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "extra": 1}}, r"rope_scaling.extra = 1 is not known"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, r"rope_scaling.factor = 0.5 must be"),
-        ({"num_hidden_layers": None}, r"num_hidden_layers is missing"),
-        ({"hidden_size": "32"}, r"hidden_size = '32' is text"),
-        ({"num_attention_heads": 5, "head_dim": 8}, r"num_heads 5 is not a multiple"),
-        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, r"layer_types = "),
-        ({"model_type": "mistral", "sliding_window": 8, "layer_types": ["full_attention"] * 2}, r"layer_types = "),
-        (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-            r"max_window_layers = 1 of 2 layers",
-        ),
-    ],
-    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
-)
-def test_what_cannot_be_represented_is_refused_by_name(change, said):
-    hf = to_hf_config(ModelConfig(**SIZES), dtype="fp32", max_position=128, end_of_document=None)
-    assert from_hf_config(hf, where="config.json") == filled(ModelConfig(**SIZES))
-    with pytest.raises(CheckpointError, match=said):
-        from_hf_config(hf | change, where="config.json")
-
-
-def test_what_has_no_family_is_refused():
-    with pytest.raises(CheckpointError, match=r"qkv_bias and model\.qk_norm together"):
-        to_hf_config(ModelConfig(qkv_bias=True, qk_norm=True), dtype="fp32", max_position=1, end_of_document=None)
-    with pytest.raises(CheckpointError, match="--max-position"):
-        to_hf_config(ModelConfig(), dtype="fp32", max_position=None, end_of_document=None)
-
-
-def test_fields_that_are_left_out_mean_what_transformers_means():
-    given = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 32}
-    for family, cls in (
-        ("llama", LlamaConfig),
-        ("mistral", MistralConfig),
-        ("qwen2", Qwen2Config),
-        ("qwen3", Qwen3Config),
-    ):
-        ours = from_hf_config(given | {"intermediate_size": 96, "model_type": family}, where="config.json")
-        theirs = cls(**given, intermediate_size=96)
-        assert ours.kv_heads == theirs.num_key_value_heads
-        assert ours.head_size == getattr(theirs, "head_dim", 2)
-        assert (ours.sliding_window, ours.norm_eps) == (getattr(theirs, "sliding_window", None), theirs.rms_norm_eps)
-        assert (ours.rope_theta, ours.tie_embeddings) == (
-            theirs.rope_parameters["rope_theta"],
-            theirs.tie_word_embeddings,
-        )
-
-
-PUBLISHED = {
-    "Llama-3.1-8B": (
-        dict(
-            **dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32),
-            **dict(num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072),
-            **dict(attention_bias=False, attention_dropout=0.0, bos_token_id=128000, hidden_act="silu"),
-            **dict(eos_token_id=[128001, 128008, 128009], initializer_range=0.02, mlp_bias=False, pretraining_tp=1),
-            rope_scaling={
-                **dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_type="llama3"),
-                "original_max_position_embeddings": 8192,
-            },
-            **dict(rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=False, torch_dtype="bfloat16"),
-            **dict(transformers_version="4.42.3", use_cache=True, architectures=["LlamaForCausalLM"]),
-        ),
-        8_030_261_248,
-    ),
-    "Qwen2.5-0.5B, stretched": (
-        dict(
-            **dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24),
-            **dict(num_attention_heads=14, num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768),
-            **dict(attention_dropout=0.0, bos_token_id=151643, eos_token_id=151643, hidden_act="silu"),
-            **dict(max_window_layers=24, sliding_window=32768, use_mrope=False, use_sliding_window=False),
-            rope_scaling={"factor": 4, "original_max_position_embeddings": 32768, "type": "yarn"},
-            **dict(rms_norm_eps=1e-6, rope_theta=1000000, tie_word_embeddings=True, torch_dtype="bfloat16"),
-        ),
-        494_032_768,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configurations_are_read(name):
-    hf, num_params = PUBLISHED[name]
-    config = from_hf_config(hf, where="config.json")
-    assert config.shape.num_params == num_params
-    assert config.rope_scaling.kind == ("llama3" if name.startswith("Llama") else "yarn")
-    # Whole numbers where ours have a fraction, as in a TOML file.
-    assert isinstance(config.rope_theta, float)
-    assert isinstance(config.rope_scaling.factor, float)
 
 
 # ---- files that are not what they should be
