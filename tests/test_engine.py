@@ -38,10 +38,10 @@ TOLERANCE = 1e-5
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=1, eps=1e-6, gradient_clipping=0.5)
 
 
-def make_mesh(ring: int = 1, dp: int = 1) -> ParallelMesh:
+def make_mesh(ring: int = 1, dp: int = 1, ulysses: int = 1) -> ParallelMesh:
     # DeepSpeed collects garbage whenever it starts; what was imported is none, and looking through it takes 0.3 s.
     gc.freeze()
-    return ParallelMesh.create(ParallelPlan(ring=ring, dp=dp), device="cpu")
+    return ParallelMesh.create(ParallelPlan(ring=ring, ulysses=ulysses, dp=dp), device="cpu")
 
 
 def make_engine(
@@ -90,6 +90,25 @@ def test_gradients_equal_one_process(world):
     worst = {case: max(errors.items(), key=lambda item: item[1]) for case, errors in found.items()}
     wrong = {case: pair for case, pair in worst.items() if not pair[1] < TOLERANCE}
     assert not wrong, f"{len(wrong)} of {len(found)} cases are wrong; the worst parameter of each: {wrong}"
+
+
+def ulysses_gradients(rank: int, degrees: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
+    found = {}
+    for ring, ulysses in degrees:
+        mesh = make_mesh(ring, ulysses=ulysses)
+        for stage, recompute in ((1, False), (3, True)):
+            settings = {"zero_stage": stage, "activation_checkpointing": recompute, "accumulation_steps": 2}
+            found[f"zero{stage}-ring{ring}-ulysses{ulysses}"] = gradient_errors(mesh, **settings)
+    return found
+
+
+@pytest.mark.parametrize(("world", "degrees"), [(2, [(1, 2)]), (4, [(2, 2), (1, 4)])], ids=["world2", "world4"])
+def test_gradients_with_ulysses_equal_one_process(world, degrees):
+    """Ulysses alone, around a ring, and with more ranks than key heads."""
+    found = run_distributed(ulysses_gradients, degrees, world=world, timeout_s=300)[0]
+    worst = {case: max(errors.items(), key=lambda item: item[1]) for case, errors in found.items()}
+    assert len(worst) == 2 * len(degrees)
+    assert {case: pair for case, pair in worst.items() if not pair[1] < TOLERANCE} == {}
 
 
 def test_the_matrix_is_complete():

@@ -59,23 +59,20 @@ def full_step(
 
 def shards(full: list[list[ShardedBatch]], mesh) -> list[ShardedBatch]:
     """What the process of `mesh` holds of `full_step`."""
-    layout, ring = ZigZag(), mesh.ring
-    return [
-        ShardedBatch(
-            layout.shard(of_dp[mesh.dp.rank].tokens, ring.rank, ring.size),
-            layout.shard(of_dp[mesh.dp.rank].labels, ring.rank, ring.size),
-            SequenceMeta.of(
-                SEQ_LEN,
-                mask=of_dp[mesh.dp.rank].meta.mask,
-                layout=layout,
-                ring_rank=ring.rank,
-                ring_world=ring.size,
-            ),
-            of_dp[0].num_target_tokens,
-            of_dp[0].cursor,
+    held = []
+    for of_dp in full:
+        whole = of_dp[mesh.dp.rank]
+        meta = SequenceMeta.of(
+            SEQ_LEN,
+            mask=whole.meta.mask,
+            ring_rank=mesh.ring.rank,
+            ring_world=mesh.ring.size,
+            ulysses_rank=mesh.ulysses.rank,
+            ulysses_world=mesh.ulysses.size,
         )
-        for of_dp in full
-    ]
+        tokens, labels = meta.shard(whole.tokens), meta.shard(whole.labels)
+        held.append(ShardedBatch(tokens, labels, meta, of_dp[0].num_target_tokens, of_dp[0].cursor))
+    return held
 
 
 def reference_model(config: ModelConfig = MODEL, dtype: torch.dtype = torch.float64) -> Transformer:
