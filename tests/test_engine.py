@@ -56,7 +56,8 @@ def gradient_errors(mesh: ParallelMesh, *, model: ModelConfig = MODEL, **setting
     """Relative error of each parameter's gradient, and of the mean loss, against float64 on one process."""
     accumulation = settings.get("accumulation_steps", 1)
     # The last rank of the last replica has no target: a mean of means would weigh it like the others.
-    starved = (mesh.dp.size - 1, mesh.ring.size - 1, mesh.ring.size) if mesh.world_size > 1 else None
+    last = [x for axis in (mesh.ring, mesh.ulysses) for x in (axis.size - 1, axis.size)]
+    starved = (mesh.dp.size - 1, *last) if mesh.world_size > 1 else None
     full = full_step(0, dp=mesh.dp.size, accumulation=accumulation, starved=starved)
     engine = make_engine(mesh, model=model, **settings)
     loss = engine.accumulate(0, shards(full, mesh))

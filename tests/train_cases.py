@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from longctx.data import ShardedBatch
-from longctx.layout import SequenceMeta, ZigZag
+from longctx.layout import SequenceMeta
 from longctx.masks import Causal, Documents
 from longctx.model import ModelConfig, Transformer
 from longctx.optim import OptimConfig, lr_at
@@ -22,14 +22,14 @@ BOUNDARIES = (((0, 6, 7, 29, 48), (0, 12, 24, 48)), ((0, 48), (0, 1, 17, 40, 48)
 
 
 def full_step(
-    step: int, *, dp: int, accumulation: int, starved: tuple[int, int, int] | None = None
+    step: int, *, dp: int, accumulation: int, starved: tuple[int, ...] | None = None
 ) -> list[list[ShardedBatch]]:
     """The micro-batches of an optimizer step on whole sequences: [accumulation][dp].
 
     Targets are uneven everywhere: about 30 % are left out at random, the last micro-batch keeps only a few.
 
     Args:
-        starved: (dp rank, ring rank, ring world) that holds no target at all.
+        starved: (dp rank, ring rank, ring world) that holds no target at all; with Ulysses, its rank and world too.
     """
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (accumulation, dp, ROWS, SEQ_LEN)
@@ -39,8 +39,9 @@ def full_step(
     if accumulation > 1:
         labels[-1, :, :, 7:] = -100
     if starved is not None:
-        dp_rank, ring_rank, ring_world = starved
-        labels[:, dp_rank, :, ZigZag().positions(ring_rank, ring_world, SEQ_LEN)] = -100
+        places = ("ring_rank", "ring_world", "ulysses_rank", "ulysses_world")
+        meta = SequenceMeta.of(SEQ_LEN, **dict(zip(places, starved[1:], strict=False)))
+        labels[:, starved[0], :, meta.positions] = -100
     targets = int((labels != -100).sum())
     return [
         [
