@@ -10,6 +10,7 @@ import torch
 from ring_cases import BATCH, HEADS, LAYOUTS, MASKS, Case, Report, run_case
 
 from longctx import functional
+from longctx import model as model_module
 from longctx.attention import ParallelAttention
 from longctx.errors import DistributedError, ShapeError
 from longctx.layout import SequenceMeta
@@ -18,6 +19,7 @@ from longctx.model import ModelConfig, Transformer
 from longctx.parallel import ulysses
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
+from longctx.parallel.ring import RING_ATTENTION_OP
 from longctx.parallel.schedule import ulysses_comm_bytes
 from longctx.parallel.ulysses import ALL_TO_ALL_OP
 from longctx.testing import run_distributed
@@ -105,7 +107,8 @@ def twins_caught(mesh: ParallelMesh, name: str) -> dict[str, list[str]]:
 
 
 def traffic_of_a_model(mesh: ParallelMesh) -> dict[str, object]:
-    """Bytes sent and gradients of a training step, without and with activation checkpointing."""
+    """Bytes sent and gradients of a training step, without and with activation checkpointing, and with a broken twin of it
+    that keeps attention's result alone."""
     meta = SequenceMeta.of(
         48,
         ring_rank=mesh.ring.rank,
@@ -117,13 +120,16 @@ def traffic_of_a_model(mesh: ParallelMesh) -> dict[str, object]:
     batch.labels = batch.tokens
     config = ModelConfig(vocab_size=48, hidden_size=24, num_layers=2, num_heads=12, num_kv_heads=1, head_dim=2)
     sent, gradients = [], []
-    for recompute in (False, True):
+    kept = model_module._KEPT
+    for recompute, keep in ((False, kept), (True, kept), (True, (RING_ATTENTION_OP,))):
+        model_module._KEPT = keep
         model = Transformer(config, mesh=mesh, kernel="reference", activation_checkpointing=recompute).double()
         before = mesh.exchange.bytes_sent, mesh.head_exchange.bytes_sent
         model(batch).backward()
         sent.append((mesh.exchange.bytes_sent - before[0], mesh.head_exchange.bytes_sent - before[1]))
         gradients.append([p.grad for p in model.parameters()])
-    return {"sent": sent, "equal": all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))}
+    model_module._KEPT = kept
+    return {"sent": sent, "equal": all(torch.equal(a, b) for a, b in zip(*gradients[:2], strict=True))}
 
 
 def refusals(mesh: ParallelMesh) -> dict[str, str]:
@@ -216,8 +222,9 @@ def test_broken_twins_are_caught(found):
 def test_activation_checkpointing_sends_nothing_twice(found):
     for f in found[1]:
         assert f["model"]["equal"]
-        plain, recomputed = f["model"]["sent"]
+        plain, recomputed, twin = f["model"]["sent"]
         assert plain == recomputed
+        assert twin[1] > plain[1]
         assert plain[1] > 0
 
 
