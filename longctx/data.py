@@ -88,7 +88,7 @@ class ShardedBatch:
         tokens: int64 [b, s].
         labels: int64 [b, s], the token after each one; -100 where there is no target.
         meta: positions, mask and layout.
-        num_target_tokens: targets in the whole optimizer step: all data-parallel ranks, all ring ranks, all micro-batches.
+        num_target_tokens: targets in the whole optimizer step: all data-parallel ranks, all of each sequence, all micro-batches.
         cursor: the sample cursor at the start of the step.
     """
 
@@ -138,8 +138,8 @@ def check_vocab(dataset: TokenDataset, vocab_size: int) -> list[Problem]:
 class ShardedLoader:
     """The batches of one rank, as a function of the sample cursor alone.
 
-    Every data-parallel rank takes its own samples; the ring ranks of one data-parallel rank take the same samples and, of
-    each, the tokens at their layout's positions only. Micro-batch m of data-parallel rank d holds the samples from
+    Every data-parallel rank takes its own samples; the ring and Ulysses ranks of one data-parallel rank take the same
+    samples and, of each, the tokens at their own positions (`SequenceMeta`) only. Micro-batch m of data-parallel rank d holds the samples from
     `cursor + (m * dp_world + d) * micro_batch_size` on. Targets are counted from the documents' boundaries, so all ranks
     know the number for the whole step without reading one another's tokens and without a collective.
 
@@ -147,11 +147,11 @@ class ShardedLoader:
 
     Args:
         dataset: what to read.
-        seq_len: global sequence length; `layout` must be able to cut it for `ring_world`.
+        seq_len: global sequence length; `layout` must be able to cut it for these ranks.
         micro_batch_size: sequences per micro-batch and data-parallel rank.
         accumulation_steps: micro-batches per optimizer step.
         dp_rank, dp_world: place among the data-parallel ranks.
-        layout, ring_rank, ring_world: which tokens of a sequence are this rank's.
+        layout, ring_rank, ring_world, ulysses_rank, ulysses_world: which tokens of a sequence are this rank's.
         seed, shuffle: the order of the samples.
         mask_documents: see `DataConfig`.
         device: where the tensors go.
@@ -159,7 +159,7 @@ class ShardedLoader:
 
     Raises:
         DataError: the dataset is shorter than one sequence.
-        PlanError: `layout` cannot cut `seq_len`.
+        PlanError: `seq_len` cannot be cut so.
     """
 
     def __init__(
@@ -174,6 +174,8 @@ class ShardedLoader:
         layout: SequenceLayout,
         ring_rank: int = 0,
         ring_world: int = 1,
+        ulysses_rank: int = 0,
+        ulysses_world: int = 1,
         seed: int = 0,
         shuffle: bool = True,
         mask_documents: bool = True,
@@ -196,11 +198,18 @@ class ShardedLoader:
         self.seed, self.shuffle, self.mask_documents = seed, shuffle, mask_documents
         self.device = torch.device(device)
         self.num_samples = dataset.num_sequences(seq_len)
-        positions = layout.positions(ring_rank, ring_world, seq_len)
-        self._positions = positions.numpy()
+        meta = SequenceMeta.of(
+            seq_len,
+            layout=layout,
+            ring_rank=ring_rank,
+            ring_world=ring_world,
+            ulysses_rank=ulysses_rank,
+            ulysses_world=ulysses_world,
+        )
+        self._positions = meta.positions.numpy()
         self._spans = _spans(self._positions)
         # Positions are the same in every batch: on the device once.
-        self._meta = SequenceMeta(seq_len, Causal(), layout, ring_rank, ring_world, positions.to(self.device))
+        self._meta = meta.to(self.device)
         # One worker: steps are prepared one at a time, in the order asked for, and what it remembers needs no lock.
         self._worker = ThreadPoolExecutor(1, "longctx-data") if prefetch else None
         self._ahead: tuple[int, Future[_HostStep]] | None = None
@@ -306,7 +315,7 @@ class ShardedLoader:
             labels[first:last] = stream[local + 1]
 
     def _num_targets(self, sample: int) -> int:
-        """Targets of a sample on all ranks of its ring, from the boundaries alone."""
+        """Targets of a sample on all ranks that share it, from the boundaries alone."""
         start, stop = sample * self.seq_len, (sample + 1) * self.seq_len
         if self.mask_documents:
             return self.seq_len - len(self.dataset.document_ends(start, stop))

@@ -1,4 +1,4 @@
-"""Attention on one device and on a ring, and the loss: differentiable functions without parameters."""
+"""Attention on one device, on a ring and over exchanged heads, and the loss: differentiable functions without parameters."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Literal, overload
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from longctx.errors import ShapeError
+from longctx.errors import ShapeError, format_problems
 from longctx.kernels import check_block
 from longctx.layout import SequenceLayout, SequenceMeta, get_layout
 from longctx.masks import AttentionMask, Causal
 from longctx.parallel.loss import linear_cross_entropy
 from longctx.parallel.mesh import ParallelMesh
+from longctx.parallel.plan import ulysses_problems
 from longctx.parallel.ring import RING_ATTENTION_OP
 from longctx.parallel.schedule import RingSchedule
+from longctx.parallel.ulysses import lse_to_sequence, to_heads, to_sequence
 
-__all__ = ["attention", "linear_cross_entropy", "ring_attention"]
+__all__ = ["attention", "context_parallel_attention", "linear_cross_entropy", "ring_attention", "ulysses_attention"]
 
 _CAUSAL = Causal()
 # Of one process there is one layout: all positions in order.
@@ -136,7 +138,7 @@ def ring_attention(
     Args:
         q: "b s h d", this rank's shard; s = meta.seq_len / mesh.ring.size.
         k, v: "b s hk d", likewise.
-        meta: where the shard stands in the sequence, and who sees whom.
+        meta: where the shard stands in the sequence, and who sees whom; of a whole ring shard, not one cut for Ulysses.
         mesh: holds the ring; must live until the backward pass is done.
         scale, kernel, return_lse: as in `attention`.
 
@@ -150,12 +152,35 @@ def ring_attention(
 
     Source: Liu et al. 2023 (arXiv 2310.01889).
     """
+    _check_ring(meta, mesh)
+    if meta.ulysses_world != 1:
+        raise ShapeError(
+            f"{mesh.prefix} meta is of a part of a ring shard, cut over {meta.ulysses_world} Ulysses ranks\n"
+            "       use context_parallel_attention, which puts the ring shard together first"
+        )
+    return _over_ring(q, k, v, meta, mesh, scale, kernel, return_lse)
+
+
+def _check_ring(meta: SequenceMeta, mesh: ParallelMesh) -> None:
     if (meta.ring_rank, meta.ring_world) != (mesh.ring.rank, mesh.ring.size):
         raise ShapeError(
             f"{mesh.prefix} meta is of ring rank {meta.ring_rank} of {meta.ring_world}, but this process is ring rank "
             f"{mesh.ring.rank} of {mesh.ring.size}\n"
             "       make it with SequenceMeta.of(..., ring_rank=mesh.ring.rank, ring_world=mesh.ring.size)"
         )
+
+
+def _over_ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meta: SequenceMeta,
+    mesh: ParallelMesh,
+    scale: float | None,
+    kernel: str,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a whole ring shard."""
     return _attend(
         q,
         k,
@@ -170,6 +195,138 @@ def ring_attention(
         return_lse,
         exchange=mesh.exchange.handle,
     )
+
+
+@overload
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    meta: SequenceMeta,
+    mesh: ParallelMesh,
+    scale: float | None = ...,
+    kernel: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    meta: SequenceMeta,
+    mesh: ParallelMesh,
+    scale: float | None = ...,
+    kernel: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@_disable_dynamo
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    meta: SequenceMeta,
+    mesh: ParallelMesh,
+    scale: float | None = None,
+    kernel: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over `mesh.ulysses`, around that over `mesh.ring`: the rows of `attention` that the rank holds.
+
+    The ranks of `mesh.ulysses` exchange their tokens of all heads for all tokens of their heads, attend as
+    `ring_attention` does on the ring shard that they so get, and exchange the result back. Collective over both axes,
+    backward too. One message of q, k and v and one of out, each way; `longctx.parallel.schedule.ulysses_comm_bytes` counts
+    them. Memory while it runs: q, k, v and out once more.
+
+    Args:
+        q: "b s h d", this rank's shard; s = meta.seq_len / (mesh.ring.size * mesh.ulysses.size). h is a multiple of
+            mesh.ulysses.size.
+        k, v: "b s hk d", likewise; hk is a multiple or a divisor of mesh.ulysses.size. Fewer key heads than ranks are
+            repeated for the exchange, and their gradients summed.
+        meta: where the shard stands in the sequence, and who sees whom.
+        mesh: must live until the backward pass is done.
+        scale, kernel, return_lse: as in `attention`.
+
+    Returns:
+        As `attention`, for the local rows.
+
+    Raises:
+        ShapeError: as `ring_attention`; or the heads cannot be divided.
+        KernelError: as `attention`.
+        DistributedError: another rank died or did not answer in time.
+
+    Source: Jacobs et al. 2023 (arXiv 2309.14509); around a ring, Fang and Zhao 2024 (arXiv 2405.07719).
+    """
+    _check_ring(meta, mesh)
+    if (meta.ulysses_rank, meta.ulysses_world) != (mesh.ulysses.rank, mesh.ulysses.size):
+        raise ShapeError(
+            f"{mesh.prefix} meta is of ulysses rank {meta.ulysses_rank} of {meta.ulysses_world}, but this process is "
+            f"ulysses rank {mesh.ulysses.rank} of {mesh.ulysses.size}\n"
+            "       make it with SequenceMeta.of(..., ulysses_rank=mesh.ulysses.rank, ulysses_world=mesh.ulysses.size)"
+        )
+    world, exchange = mesh.ulysses.size, mesh.head_exchange.handle
+    axes = check_block(q, k, v)
+    # All that can be wrong is said before the first message, with the numbers that the caller knows.
+    _check_local(axes, meta.mask, meta.ring_world * world, meta.seq_len)
+    if problems := ulysses_problems(axes["h"], axes["hk"], ulysses=world, ring=meta.ring_world):
+        raise ShapeError(format_problems(f"the heads of q {list(q.shape)} and k {list(k.shape)}", problems))
+    q, k, v = to_heads(q, k, v, world=world, exchange=exchange)
+    result = _over_ring(q, k, v, meta, mesh, scale, kernel, return_lse)
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    out = to_sequence(out, world=world, exchange=exchange)
+    return out if lse is None else (out, lse_to_sequence(lse, world=world, exchange=exchange))
+
+
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    meta: SequenceMeta,
+    mesh: ParallelMesh,
+    scale: float | None = ...,
+    kernel: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    meta: SequenceMeta,
+    mesh: ParallelMesh,
+    scale: float | None = ...,
+    kernel: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    meta: SequenceMeta,
+    mesh: ParallelMesh,
+    scale: float | None = None,
+    kernel: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention as the plan of `mesh` cuts sequences: `ulysses_attention` where `mesh.ulysses` has several ranks, else
+    `ring_attention`. Arguments, results and errors are theirs.
+    """
+    attend = ulysses_attention if max(mesh.ulysses.size, meta.ulysses_world) > 1 else ring_attention
+    return attend(q, k, v, meta=meta, mesh=mesh, scale=scale, kernel=kernel, return_lse=return_lse)  # type: ignore[call-overload]
 
 
 def _attend(

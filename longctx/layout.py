@@ -6,6 +6,7 @@ every mask and every layout; no code anywhere else knows about particular layout
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -180,16 +181,28 @@ def nearest_lengths(seq_len: int, multiple: int) -> str:
     return f"{below:_} or {below + multiple:_}" if below > 0 else f"{multiple:_}"
 
 
+def shard_multiple(layout: SequenceLayout, ring: int, ulysses: int) -> int:
+    """What a length must be a multiple of for `layout` over a ring, each ring shard cut evenly over Ulysses ranks."""
+    return math.lcm(layout.multiple(ring), ring * ulysses)
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceMeta:
     """Where the tokens of a shard stand in the whole sequence, and who sees whom. Passed down through the model.
+
+    The one place that says which positions a process holds: the layout's over the ring, and of those, in order, a
+    contiguous piece for each Ulysses rank. So the pieces of a ring shard, put one behind the other, ascend again:
+
+    0 0 1 1 2 2 3 3 3 3 2 2 1 1 0 0      zigzag over ring 4
+    0 0 2 2 4 4 6 6 7 7 5 5 3 3 1 1      over ring 4 x ulysses 2: ring rank r is ranks 2r and 2r + 1
 
     Args:
         seq_len: global length S.
         mask: on global positions.
         layout: how S is cut over the ring.
-        ring_rank, ring_world: this shard's place.
+        ring_rank, ring_world: this shard's place on the ring.
         positions: int64 [s], the global positions of the local tokens, ascending.
+        ulysses_rank, ulysses_world: which piece of the ring rank's shard this is.
 
     Make one with `SequenceMeta.of`.
     """
@@ -200,6 +213,8 @@ class SequenceMeta:
     ring_rank: int
     ring_world: int
     positions: torch.Tensor
+    ulysses_rank: int = 0
+    ulysses_world: int = 1
 
     @staticmethod
     def of(
@@ -209,12 +224,38 @@ class SequenceMeta:
         layout: SequenceLayout | None = None,
         ring_rank: int = 0,
         ring_world: int = 1,
+        ulysses_rank: int = 0,
+        ulysses_world: int = 1,
         device: torch.device | str = "cpu",
     ) -> SequenceMeta:
-        """The meta of one shard; causal and zigzag unless said otherwise."""
+        """The meta of one shard; causal and zigzag unless said otherwise.
+
+        Raises:
+            PlanError: `seq_len` cannot be cut so (names the nearest lengths that can), or there is no such rank.
+        """
         mask, layout = mask or Causal(), layout or ZigZag()
-        positions = layout.positions(ring_rank, ring_world, seq_len).to(device)
-        return SequenceMeta(seq_len, mask, layout, ring_rank, ring_world, positions)
+        positions = layout.positions(ring_rank, ring_world, seq_len)
+        if not 0 <= ulysses_rank < ulysses_world:
+            raise PlanError(f"ulysses rank {ulysses_rank} is not one of {ulysses_world}")
+        if len(positions) % ulysses_world:
+            multiple = shard_multiple(layout, ring_world, ulysses_world)
+            raise PlanError(
+                f"seq_len = {seq_len:_} is not a multiple of {multiple} ({layout.name} over ring {ring_world} x ulysses "
+                f"{ulysses_world})\n"
+                f"       nearest: {nearest_lengths(seq_len, multiple)}"
+            )
+        mine = positions.view(ulysses_world, -1)[ulysses_rank].to(device)
+        return SequenceMeta(seq_len, mask, layout, ring_rank, ring_world, mine, ulysses_rank, ulysses_world)
+
+    def shard(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """The part of the whole-sequence tensor `x` that stands at `positions`; `dim` is the sequence dim.
+
+        Raises:
+            ShapeError: `x` is not of `seq_len` positions.
+        """
+        if x.shape[dim] != self.seq_len:
+            raise ShapeError(f"a tensor of {x.shape[dim]:_} positions is not the whole sequence of {self.seq_len:_}")
+        return x.index_select(dim, self.positions.to(x.device))
 
     def to(self, device: torch.device | str) -> SequenceMeta:
         """The same on `device`."""

@@ -20,6 +20,7 @@ from longctx.layout import SequenceMeta
 from longctx.masks import SlidingWindow
 from longctx.parallel.loss import LMHead, check_token_ids
 from longctx.parallel.ring import RING_ATTENTION_OP
+from longctx.parallel.ulysses import ALL_TO_ALL_OP
 from longctx.rope import RopeScaling, apply_rope, rope_cos_sin, rope_frequencies
 from longctx.shapes import ModelShape, check_shapes
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+# What activation checkpointing keeps: attention's result, and under Ulysses what came for attention and back from it.
+_KEPT = (RING_ATTENTION_OP, ALL_TO_ALL_OP)
 
 
 class Batch(Protocol):
@@ -358,4 +362,4 @@ def _keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 def _policy(ctx: object, op: Callable, *args: object, **kwargs: object) -> CheckpointPolicy:
     # Recomputing attention would repeat its communication, on every rank and in the same order, or hang.
-    return CheckpointPolicy.MUST_SAVE if op == RING_ATTENTION_OP else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -136,6 +136,8 @@ def open_data(
         layout=plan.sequence_layout,
         ring_rank=coords.ring,
         ring_world=plan.ring,
+        ulysses_rank=coords.ulysses,
+        ulysses_world=plan.ulysses,
         seed=config.data.seed,
         shuffle=config.data.shuffle,
         mask_documents=config.data.mask_documents,

@@ -103,6 +103,20 @@ def test_shards_make_up_the_samples(layout, world, mask_documents):
             assert (meta.seq_len, meta.ring_rank, meta.ring_world) == (seq_len, rank, world)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_ulysses_ranks_share_what_the_ring_rank_would_hold(layout):
+    dataset = dataset_of(LENGTHS)
+    common = {"seq_len": 24, "micro_batch_size": 2, "layout": layout, "ring_rank": 1, "ring_world": 2}
+    (whole,) = loader(dataset, **common).step(2)
+    parts = [loader(dataset, **common, ulysses_rank=u, ulysses_world=3).step(2)[0] for u in range(3)]
+    for name in ("tokens", "labels"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts], 1), getattr(whole, name))
+    assert torch.equal(torch.cat([part.meta.positions for part in parts]), whole.meta.positions)
+    for u, part in enumerate(parts):
+        assert (part.meta.ulysses_rank, part.meta.ulysses_world) == (u, 3)
+        assert (part.meta.mask, part.num_target_tokens) == (whole.meta.mask, whole.num_target_tokens)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=30),

@@ -38,10 +38,10 @@ TOLERANCE = 1e-5
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=1, eps=1e-6, gradient_clipping=0.5)
 
 
-def make_mesh(ring: int = 1, dp: int = 1) -> ParallelMesh:
+def make_mesh(ring: int = 1, dp: int = 1, ulysses: int = 1) -> ParallelMesh:
     # DeepSpeed collects garbage whenever it starts; what was imported is none, and looking through it takes 0.3 s.
     gc.freeze()
-    return ParallelMesh.create(ParallelPlan(ring=ring, dp=dp), device="cpu")
+    return ParallelMesh.create(ParallelPlan(ring=ring, ulysses=ulysses, dp=dp), device="cpu")
 
 
 def make_engine(
@@ -56,7 +56,8 @@ def gradient_errors(mesh: ParallelMesh, *, model: ModelConfig = MODEL, **setting
     """Relative error of each parameter's gradient, and of the mean loss, against float64 on one process."""
     accumulation = settings.get("accumulation_steps", 1)
     # The last rank of the last replica has no target: a mean of means would weigh it like the others.
-    starved = (mesh.dp.size - 1, mesh.ring.size - 1, mesh.ring.size) if mesh.world_size > 1 else None
+    last = [x for axis in (mesh.ring, mesh.ulysses) for x in (axis.size - 1, axis.size)]
+    starved = (mesh.dp.size - 1, *last) if mesh.world_size > 1 else None
     full = full_step(0, dp=mesh.dp.size, accumulation=accumulation, starved=starved)
     engine = make_engine(mesh, model=model, **settings)
     loss = engine.accumulate(0, shards(full, mesh))
@@ -90,6 +91,25 @@ def test_gradients_equal_one_process(world):
     worst = {case: max(errors.items(), key=lambda item: item[1]) for case, errors in found.items()}
     wrong = {case: pair for case, pair in worst.items() if not pair[1] < TOLERANCE}
     assert not wrong, f"{len(wrong)} of {len(found)} cases are wrong; the worst parameter of each: {wrong}"
+
+
+def ulysses_gradients(rank: int, degrees: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
+    found = {}
+    for ring, ulysses in degrees:
+        mesh = make_mesh(ring, ulysses=ulysses)
+        for stage, recompute in ((1, False), (3, True)):
+            settings = {"zero_stage": stage, "activation_checkpointing": recompute, "accumulation_steps": 2}
+            found[f"zero{stage}-ring{ring}-ulysses{ulysses}"] = gradient_errors(mesh, **settings)
+    return found
+
+
+@pytest.mark.parametrize(("world", "degrees"), [(2, [(1, 2)]), (4, [(2, 2), (1, 4)])], ids=["world2", "world4"])
+def test_gradients_with_ulysses_equal_one_process(world, degrees):
+    """Ulysses alone, around a ring, and with more ranks than key heads."""
+    found = run_distributed(ulysses_gradients, degrees, world=world, timeout_s=300)[0]
+    worst = {case: max(errors.items(), key=lambda item: item[1]) for case, errors in found.items()}
+    assert len(worst) == 2 * len(degrees)
+    assert {case: pair for case, pair in worst.items() if not pair[1] < TOLERANCE} == {}
 
 
 def test_the_matrix_is_complete():

@@ -22,7 +22,7 @@ LAYERS = (
     ("L0", ("errors", "shapes", "masks", "layout")),
     ("L1", ("kernels",)),
     ("L2 pure", ("parallel.plan", "parallel.schedule")),
-    ("L2", ("parallel.mesh", "parallel.exchange", "parallel.ring", "parallel.loss")),
+    ("L2", ("parallel.mesh", "parallel.exchange", "parallel.ring", "parallel.ulysses", "parallel.loss")),
     ("L3", ("functional",)),
     ("L4", ("attention", "rope", "model")),
     ("L5 text and numbers", ("settings", "corpus", "tokenizer", "tokens", "data", "metrics", "results", "tables")),

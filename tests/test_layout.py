@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from dense_masks import dense, from_intervals, mask_strategy
@@ -19,6 +21,7 @@ from longctx.layout import (
     get_layout,
     mask_area,
     nearest_lengths,
+    shard_multiple,
 )
 from longctx.masks import AttentionMask, Causal, Documents, KeyRange, SlidingWindow
 
@@ -193,6 +196,39 @@ class TestSequenceMeta:
             assert meta.mask is mask
             assert torch.equal(meta.positions, layout.positions(rank, 3, 36))
             assert meta.local_len == 12
+
+    @LAYOUT_CASES
+    @pytest.mark.parametrize(("ring", "ulysses"), [(1, 3), (3, 2), (2, 3)])
+    def test_ulysses_ranks_hold_contiguous_pieces_of_the_ring_shard(self, layout, ring, ulysses):
+        seq_len = 2 * shard_multiple(layout, ring, ulysses)
+        whole = torch.arange(seq_len)[None] + 100
+        for r in range(ring):
+            metas = [
+                SequenceMeta.of(
+                    seq_len, layout=layout, ring_rank=r, ring_world=ring, ulysses_rank=u, ulysses_world=ulysses
+                )
+                for u in range(ulysses)
+            ]
+            assert torch.equal(torch.cat([m.positions for m in metas]), layout.positions(r, ring, seq_len))
+            assert {m.local_len for m in metas} == {seq_len // (ring * ulysses)}
+            assert torch.equal(torch.cat([m.shard(whole) for m in metas], 1), layout.shard(whole, r, ring))
+
+    def test_the_picture_in_the_docstring(self):
+        owner = torch.empty(16, dtype=torch.int64)
+        for r, u in itertools.product(range(4), range(2)):
+            meta = SequenceMeta.of(16, ring_rank=r, ring_world=4, ulysses_rank=u, ulysses_world=2)
+            owner[meta.positions] = 2 * r + u
+        assert " ".join(map(str, owner.tolist())) in SequenceMeta.__doc__
+
+    def test_ulysses_cuts_that_do_not_fit_are_refused(self):
+        with pytest.raises(
+            PlanError, match=r"not a multiple of 12 \(zigzag over ring 2 x ulysses 3\)\n +nearest: 12 or 24"
+        ):
+            SequenceMeta.of(16, ring_world=2, ulysses_world=3)
+        with pytest.raises(PlanError, match="ulysses rank 2 is not one of 2"):
+            SequenceMeta.of(16, ulysses_rank=2, ulysses_world=2)
+        with pytest.raises(ShapeError, match="8 positions is not the whole sequence of 16"):
+            SequenceMeta.of(16).shard(torch.zeros(1, 8))
 
     def test_to_moves_only_the_positions(self):
         meta = SequenceMeta.of(8, layout=Contiguous(), ring_rank=1, ring_world=2)

@@ -253,7 +253,7 @@ class TestRecomputation:
 
     def test_the_count_would_show_a_second_attention(self, monkeypatch):
         """The broken twin: a policy that does not keep the operator's results."""
-        monkeypatch.setattr(model_module, "RING_ATTENTION_OP", None)
+        monkeypatch.setattr(model_module, "_KEPT", ())
         config = ModelConfig(**SIZES)
         with CountOps(RING_ATTENTION_OP) as attention:
             gradients(Transformer(config, activation_checkpointing=True), make_batch(Causal()))

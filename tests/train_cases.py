@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from longctx.data import ShardedBatch
-from longctx.layout import SequenceMeta, ZigZag
+from longctx.layout import SequenceMeta
 from longctx.masks import Causal, Documents
 from longctx.model import ModelConfig, Transformer
 from longctx.optim import OptimConfig, lr_at
@@ -22,14 +22,14 @@ BOUNDARIES = (((0, 6, 7, 29, 48), (0, 12, 24, 48)), ((0, 48), (0, 1, 17, 40, 48)
 
 
 def full_step(
-    step: int, *, dp: int, accumulation: int, starved: tuple[int, int, int] | None = None
+    step: int, *, dp: int, accumulation: int, starved: tuple[int, ...] | None = None
 ) -> list[list[ShardedBatch]]:
     """The micro-batches of an optimizer step on whole sequences: [accumulation][dp].
 
     Targets are uneven everywhere: about 30 % are left out at random, the last micro-batch keeps only a few.
 
     Args:
-        starved: (dp rank, ring rank, ring world) that holds no target at all.
+        starved: (dp rank, ring rank, ring world) that holds no target at all; with Ulysses, its rank and world too.
     """
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (accumulation, dp, ROWS, SEQ_LEN)
@@ -39,8 +39,9 @@ def full_step(
     if accumulation > 1:
         labels[-1, :, :, 7:] = -100
     if starved is not None:
-        dp_rank, ring_rank, ring_world = starved
-        labels[:, dp_rank, :, ZigZag().positions(ring_rank, ring_world, SEQ_LEN)] = -100
+        places = ("ring_rank", "ring_world", "ulysses_rank", "ulysses_world")
+        meta = SequenceMeta.of(SEQ_LEN, **dict(zip(places, starved[1:], strict=False)))
+        labels[:, starved[0], :, meta.positions] = -100
     targets = int((labels != -100).sum())
     return [
         [
@@ -59,23 +60,20 @@ def full_step(
 
 def shards(full: list[list[ShardedBatch]], mesh) -> list[ShardedBatch]:
     """What the process of `mesh` holds of `full_step`."""
-    layout, ring = ZigZag(), mesh.ring
-    return [
-        ShardedBatch(
-            layout.shard(of_dp[mesh.dp.rank].tokens, ring.rank, ring.size),
-            layout.shard(of_dp[mesh.dp.rank].labels, ring.rank, ring.size),
-            SequenceMeta.of(
-                SEQ_LEN,
-                mask=of_dp[mesh.dp.rank].meta.mask,
-                layout=layout,
-                ring_rank=ring.rank,
-                ring_world=ring.size,
-            ),
-            of_dp[0].num_target_tokens,
-            of_dp[0].cursor,
+    held = []
+    for of_dp in full:
+        whole = of_dp[mesh.dp.rank]
+        meta = SequenceMeta.of(
+            SEQ_LEN,
+            mask=whole.meta.mask,
+            ring_rank=mesh.ring.rank,
+            ring_world=mesh.ring.size,
+            ulysses_rank=mesh.ulysses.rank,
+            ulysses_world=mesh.ulysses.size,
         )
-        for of_dp in full
-    ]
+        tokens, labels = meta.shard(whole.tokens), meta.shard(whole.labels)
+        held.append(ShardedBatch(tokens, labels, meta, of_dp[0].num_target_tokens, of_dp[0].cursor))
+    return held
 
 
 def reference_model(config: ModelConfig = MODEL, dtype: torch.dtype = torch.float64) -> Transformer:

@@ -1,6 +1,7 @@
 """The messages of a ring: each rank hands a tensor to the rank `shift` further and gets one from the rank `shift` behind.
+And those of Ulysses, in which every rank hands each of the others a piece.
 
-A message is posted before the compute that hides it and waited for after. All ranks post the same messages in the same
+A message of a ring is posted before the compute that hides it and waited for after. All ranks post the same messages in the same
 order; the schedule, which is equal on every rank, fixes both.
 """
 
@@ -19,7 +20,7 @@ from longctx.errors import DistributedError
 
 # The only registry of live objects in this package. A custom op takes tensors, numbers and strings, so it names its
 # exchange by a handle. Entries go with their meshes.
-_EXCHANGES: WeakValueDictionary[str, RingExchange] = WeakValueDictionary()
+_EXCHANGES: WeakValueDictionary[str, RingExchange | HeadExchange] = WeakValueDictionary()
 _handles = itertools.count()
 
 
@@ -187,7 +188,94 @@ def get_exchange(handle: str) -> RingExchange:
         return RingExchange(None)
     exchange = _EXCHANGES.get(handle)
     if exchange is None:
-        raise DistributedError(
-            f"the mesh of ring exchange {handle!r} is gone: keep the ParallelMesh alive until the backward pass is done"
-        )
+        raise _mesh_is_gone("ring", handle)
+    assert isinstance(exchange, RingExchange), f"{handle} is no ring"
     return exchange
+
+
+class HeadExchange:
+    """The all-to-all of the ranks that exchange their parts of a sequence for parts of the heads.
+
+    Args:
+        group: of the ranks, in Ulysses order; None for one rank alone.
+        prefix: how this rank's messages to the user begin.
+
+    Attributes:
+        handle: names this exchange in a custom op's arguments; empty for one rank.
+        bytes_sent: payload of all messages to others so far.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, *, prefix: str = "") -> None:
+        self._group = group
+        self._prefix = prefix
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.world = dist.get_world_size(group) if group is not None else 1
+        self.bytes_sent = 0
+        self.handle = ""
+        if group is not None:
+            self.handle = f"ulysses{next(_handles)}"
+            _EXCHANGES[self.handle] = self
+
+    def all_to_all(self, message: torch.Tensor) -> torch.Tensor:
+        """Hand `message[j]` to rank j, for all j.
+
+        Args:
+            message: [world, ...], contiguous, of one shape and dtype on all ranks.
+
+        Returns:
+            A new tensor of that shape: `[i]` came from rank i.
+
+        Raises:
+            DistributedError: a rank died, or did not answer in time.
+        """
+        assert message.shape[0] == self.world, f"{message.shape[0]} pieces for {self.world} ranks"
+        assert message.is_contiguous(), "messages are contiguous"
+        if self._group is None:
+            return message.clone()
+        received = torch.empty_like(message)
+        try:
+            # As bytes: gloo does not know every dtype.
+            dist.all_to_all_single(_as_bytes(received), _as_bytes(message), group=self._group)
+        except RuntimeError as error:
+            ranks = dist.get_process_group_ranks(self._group)
+            raise DistributedError(
+                f"{self._prefix} all-to-all among the ranks {ranks} failed: {error}\n"
+                "       one of them died, hangs, or is at another place of the program: look for the first error among "
+                "all ranks"
+            ) from error
+        self.bytes_sent += message.numel() * message.element_size() // self.world * (self.world - 1)
+        return received
+
+    def warm_up(self, device: torch.device) -> None:
+        """Exchange one number with everyone, so that connections are made now, in the same order on all ranks."""
+        if self._group is None:
+            return
+        heard = self.all_to_all(torch.full((self.world, 1), float(self.rank), device=device))
+        if heard.flatten().tolist() != list(range(self.world)):
+            raise DistributedError(f"{self._prefix} first contact: heard the Ulysses ranks {heard.flatten().tolist()}")
+        self.bytes_sent = 0
+
+
+def get_head_exchange(handle: str) -> HeadExchange:
+    """The exchange of that handle; an empty handle is one rank alone.
+
+    Raises:
+        DistributedError: its mesh is gone.
+    """
+    if not handle:
+        return HeadExchange(None)
+    exchange = _EXCHANGES.get(handle)
+    if exchange is None:
+        raise _mesh_is_gone("Ulysses", handle)
+    assert isinstance(exchange, HeadExchange), f"{handle} is no exchange of heads"
+    return exchange
+
+
+def _as_bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.view(-1).view(torch.uint8)
+
+
+def _mesh_is_gone(kind: str, handle: str) -> DistributedError:
+    return DistributedError(
+        f"the mesh of {kind} exchange {handle!r} is gone: keep the ParallelMesh alive until the backward pass is done"
+    )

@@ -10,10 +10,14 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import DistributedError
-from longctx.parallel.exchange import GroupLink, Link, RingExchange
+from longctx.parallel.exchange import GroupLink, HeadExchange, Link, RingExchange
 from longctx.parallel.plan import Coords, ParallelPlan
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
+
+_AXES = ("ring", "ulysses", "sp", "dp", "grad")
+# Their groups are never shared: reductions of gradients run during the backward pass and would stand in attention's way.
+_OF_ATTENTION = ("ring", "ulysses")
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Axis:
     """One axis of the mesh, as one rank sees it.
 
     Args:
-        name: ring, sp, dp or grad.
+        name: ring, ulysses, sp, dp or grad.
         rank: this process's place on the axis.
         ranks: the global ranks on it, in axis order.
         group: their process group; None for an axis of one.
@@ -42,7 +46,9 @@ class ParallelMesh:
 
     Axes:
         ring: the processes that pass keys and values of one sequence round. Its group carries nothing else.
-        sp: the processes that share one sequence.
+        ulysses: the processes that exchange parts of a ring shard for parts of the heads. Its group too carries nothing
+            else.
+        sp: the processes that share one sequence: ring x ulysses, in the order ring_rank * ulysses + ulysses_rank.
         dp: those that hold the same part of different sequences.
         grad: dp x sp, over which gradients are averaged and losses summed.
 
@@ -65,14 +71,15 @@ class ParallelMesh:
         self.world_size = plan.world_size
         self.coords = plan.coords(rank)
         self.device = device
-        self.ring, self.sp, self.dp, self.grad = (
+        self.ring, self.ulysses, self.sp, self.dp, self.grad = (
             Axis(name, ranks.index(rank), ranks, groups.get(name))
-            for name in ("ring", "sp", "dp", "grad")
+            for name in _AXES
             for ranks in [_axis_ranks(plan, name, self.coords)]
         )
         self._link = link
         self._grad_dtype = grad_dtype
         self._exchange: RingExchange | None = None
+        self._head_exchange: HeadExchange | None = None
 
     @classmethod
     def create(
@@ -110,6 +117,7 @@ class ParallelMesh:
         link = GroupLink(ring) if ring is not None else None
         mesh = cls(plan, rank, device=device, groups=groups, link=link, grad_dtype=grad_dtype)
         mesh.exchange.warm_up(device)
+        mesh.head_exchange.warm_up(device)
         return mesh
 
     @property
@@ -118,6 +126,13 @@ class ParallelMesh:
         if self._exchange is None:
             self._exchange = RingExchange(self._link, prefix=self.prefix, grad_dtype=self._grad_dtype)
         return self._exchange
+
+    @property
+    def head_exchange(self) -> HeadExchange:
+        """The exchange of this process's Ulysses ranks, the same object every time."""
+        if self._head_exchange is None:
+            self._head_exchange = HeadExchange(self.ulysses.group, prefix=self.prefix)
+        return self._head_exchange
 
     @property
     def prefix(self) -> str:
@@ -162,6 +177,7 @@ def _axis_ranks(plan: ParallelPlan, name: str, at: Coords) -> tuple[int, ...]:
     assert plan.dp is not None, "the mesh's plan is resolved"
     places = {
         "ring": [replace(at, ring=r) for r in range(plan.ring)],
+        "ulysses": [replace(at, ulysses=u) for u in range(plan.ulysses)],
         "sp": sp,
         "dp": [replace(at, dp=d) for d in range(plan.dp)],
         "grad": [replace(c, dp=d) for d in range(plan.dp) for c in sp],
@@ -185,13 +201,12 @@ def _make_groups(
     """This rank's group on each axis. new_group is collective: every rank makes every group, in one order."""
     mine: dict[str, dist.ProcessGroup | None] = {}
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    for name in ("ring", "sp", "dp", "grad"):
+    for name in _AXES:
         for ranks in _all_axes(plan, name):
             if len(ranks) == 1:
                 group = None
-            elif name == "ring":
-                # Never shared: reductions of gradients run during the backward pass and would stand in the ring's way.
-                group = _new_group(ranks, device, timeout, is_ring=True)
+            elif name in _OF_ATTENTION:
+                group = _new_group(ranks, device, timeout, is_urgent=True)
             else:
                 if ranks not in made:
                     made[ranks] = _new_group(ranks, device, timeout)
@@ -202,10 +217,10 @@ def _make_groups(
 
 
 def _new_group(
-    ranks: tuple[int, ...], device: torch.device, timeout: timedelta, *, is_ring: bool = False
+    ranks: tuple[int, ...], device: torch.device, timeout: timedelta, *, is_urgent: bool = False
 ) -> dist.ProcessGroup:
     options = None
-    if is_ring and device.type == "cuda":
+    if is_urgent and device.type == "cuda":
         # Messages must start while attention fills the GPU; a high-priority stream gets the next free SMs.
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         options._timeout = timeout

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from longctx.errors import LongCtxError, PlanError, Problem, format_problems
-from longctx.layout import LAYOUTS, SequenceLayout, get_layout, nearest_lengths
+from longctx.layout import LAYOUTS, SequenceLayout, SequenceMeta, get_layout, nearest_lengths, shard_multiple
 
 # The token spans of a rank that `describe` writes out before it only counts them.
 SHOWN_SPANS = 4
 
 # Degrees that a plan may name but that nothing implements yet, with what they are.
-_NOT_YET = {"pp": "pipeline stages", "ulysses": "Ulysses all-to-all", "tp": "tensor parallelism"}
+_NOT_YET = {"pp": "pipeline stages", "tp": "tensor parallelism"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class ParallelPlan:
         dp: replicas that read different samples. None: whatever the world leaves, filled in by `resolve`.
         pp: pipeline stages.
         ring: processes that share one sequence and pass keys and values round a ring.
-        ulysses: processes that share one sequence by exchanging it for heads.
+        ulysses: processes that share one sequence by exchanging it for heads, around the ring's attention: each ring rank
+            is that many processes. Must divide the query heads; key heads are divided, or repeated where they are fewer.
         tp: processes that share each weight matrix.
         layout: which positions of a sequence each ring rank holds, by name.
 
@@ -130,12 +131,15 @@ class ParallelPlan:
                     f"num_kv_heads may be {', '.join(map(str, divisors))}",
                 )
             )
-        if self.ring >= 1 and self.layout in LAYOUTS:
-            multiple = self.sequence_layout.multiple(self.ring)
+        elif min(self.ring, self.ulysses) >= 1:
+            found += ulysses_problems(num_heads, num_kv_heads, ulysses=self.ulysses, ring=self.ring)
+        if min(self.ring, self.ulysses) >= 1 and self.layout in LAYOUTS:
+            multiple = shard_multiple(self.sequence_layout, self.ring, self.ulysses)
             if seq_len < 1 or seq_len % multiple:
+                over = f"ring {self.ring}" + (f" x ulysses {self.ulysses}" if self.ulysses > 1 else "")
                 found.append(
                     Problem(
-                        f"seq_len = {seq_len:_} is not a multiple of {multiple} ({self.layout} over ring {self.ring})",
+                        f"seq_len = {seq_len:_} is not a multiple of {multiple} ({self.layout} over {over})",
                         f"nearest: {nearest_lengths(seq_len, multiple)}",
                     )
                 )
@@ -208,10 +212,48 @@ class ParallelPlan:
             coords = self.coords(rank)
             line = f"  rank {rank:>{width}}  {coords}"
             if seq_len is not None:
-                positions = self.sequence_layout.positions(coords.ring, self.ring, seq_len)
-                line += f"  tokens {_spans(positions)}"
+                meta = SequenceMeta.of(
+                    seq_len,
+                    layout=self.sequence_layout,
+                    ring_rank=coords.ring,
+                    ring_world=self.ring,
+                    ulysses_rank=coords.ulysses,
+                    ulysses_world=self.ulysses,
+                )
+                line += f"  tokens {_spans(meta.positions)}"
             lines.append(line)
         return "\n".join(lines)
+
+
+def ulysses_problems(num_heads: int, num_kv_heads: int, *, ulysses: int, ring: int) -> list[Problem]:
+    """What keeps Ulysses of that degree from dividing such heads, with the nearest degrees that would.
+
+    Every rank gets as many query heads as the others, and whole key heads that serve just these: query heads must be a
+    multiple of the degree, and key heads a multiple of it or a divisor.
+    """
+    if _heads_divide(num_heads, num_kv_heads, ulysses):
+        return []
+    if num_heads % ulysses:
+        what = f"num_heads {num_heads} is not a multiple of ulysses {ulysses}"
+    else:
+        what = (
+            f"num_kv_heads {num_kv_heads} and ulysses {ulysses}: neither is a multiple of the other, so ranks would need "
+            "different numbers of key heads"
+        )
+    sp = ring * ulysses
+    same = [u for u in range(1, sp + 1) if sp % u == 0 and _heads_divide(num_heads, num_kv_heads, u)]
+    same.sort(key=lambda u: (abs(u - ulysses), -u))
+    plans = " or ".join(f"ulysses {u} with ring {sp // u}" for u in same[:2])
+    degrees = [u for u in range(1, num_heads + 1) if _heads_divide(num_heads, num_kv_heads, u)]
+    return [
+        Problem(
+            what, f"nearest for the same processes: {plans}; these heads allow ulysses {', '.join(map(str, degrees))}"
+        )
+    ]
+
+
+def _heads_divide(num_heads: int, num_kv_heads: int, ulysses: int) -> bool:
+    return num_heads % ulysses == 0 and (num_kv_heads % ulysses == 0 or ulysses % num_kv_heads == 0)
 
 
 def _spans(positions: torch.Tensor) -> str:

@@ -152,6 +152,33 @@ def comm_bytes(
     )
 
 
+def ulysses_comm_bytes(
+    *,
+    ulysses: int,
+    batch: int,
+    local_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    lse_itemsize: int = 0,
+) -> CommBytes:
+    """What each rank sends to the other Ulysses ranks; a ring inside comes on top, with `1 / ulysses` of the key heads.
+
+    Args:
+        local_len: tokens of one rank.
+        num_heads, num_kv_heads: before they are divided; key heads fewer than ranks are repeated on the wire.
+        itemsize: bytes of one element of q, k, v, out and of their gradients.
+        lse_itemsize: bytes of one element of lse, where it is asked for and has a gradient.
+
+    Of the queries, keys, values and outputs of its tokens a rank keeps one share of the heads and sends the others.
+    """
+    heads = 2 * num_heads + 2 * max(num_kv_heads, ulysses)
+    payload = batch * local_len * (heads * head_dim * itemsize + num_heads * lse_itemsize)
+    sent = payload // ulysses * (ulysses - 1)
+    return CommBytes(sent, sent)
+
+
 @lru_cache(maxsize=CACHED_SCHEDULES)
 def _build(mask: AttentionMask, layout: SequenceLayout, rank: int, world: int, seq_len: int) -> RingSchedule:
     live = _live_distances(mask, layout, world, seq_len)

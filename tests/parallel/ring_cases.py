@@ -1,4 +1,4 @@
-"""Ring attention against plain float64 attention of the whole sequence: cases, and the check that ranks run on them.
+"""Attention over a ring, Ulysses or both against plain float64 attention of the whole sequence: cases, and the check that ranks run on them.
 
 Knows nothing of key intervals, schedules or messages: the other side is a dense mask and torch.softmax.
 """
@@ -16,7 +16,7 @@ from longctx.layout import Contiguous, SequenceLayout, SequenceMeta, Striped, Zi
 from longctx.masks import AttentionMask, Causal, Documents, Full, PrefixLM, SlidingWindow
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
-from longctx.parallel.schedule import CommBytes, RingSchedule, comm_bytes
+from longctx.parallel.schedule import CommBytes, RingSchedule, comm_bytes, ulysses_comm_bytes
 
 # A multiple of what every layout asks for at 3 and at 4 ranks.
 SEQ_LEN = 96
@@ -58,7 +58,7 @@ MASKS: dict[str, AttentionMask] = {
 }
 
 # Query heads and key heads.
-HEADS = {"gqa": (4, 2), "mqa": (3, 1), "mha": (2, 2)}
+HEADS = {"gqa": (4, 2), "mqa": (3, 1), "mha": (2, 2), "mqa4": (4, 1), "gqa6": (6, 3), "mqa6": (6, 1)}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def inputs(case: Case, device: torch.device) -> list[torch.Tensor]:
 def run_case(
     mesh: ParallelMesh, case: Case, mask: AttentionMask | None = None, *, through_autograd: bool = True
 ) -> Report:
-    """Ring attention, forward and backward, on this rank's shards, compared with its part of the dense result.
+    """Attention, forward and backward, on this rank's shards, compared with its part of the dense result.
 
     Args:
         mask: instead of the one that the case names.
@@ -157,17 +157,25 @@ def run_case(
     rounded = [x.to(case.dtype) for x in whole[:4]] + [whole[4].to(torch.promote_types(case.dtype, torch.float32))]
     plain = None if case.dtype == torch.float64 else _gradients(rounded[given], dense)
 
-    shards = [layout.shard(x, rank, world, dim=2 if x is rounded[4] else 1) for x in rounded]
+    meta = SequenceMeta.of(
+        case.seq_len,
+        mask=mask,
+        layout=layout,
+        ring_rank=rank,
+        ring_world=world,
+        ulysses_rank=mesh.ulysses.rank,
+        ulysses_world=mesh.ulysses.size,
+    )
+    shards = [meta.shard(x, dim=2 if x is rounded[4] else 1) for x in rounded]
     schedule = RingSchedule.build(mask, layout, rank, world, case.seq_len)
-    sent = [mesh.exchange.bytes_sent]
+    sent = [_sent(mesh)]
     if through_autograd:
-        meta = SequenceMeta.of(case.seq_len, mask=mask, layout=layout, ring_rank=rank, ring_world=world)
 
         def attend(q, k, v):
-            result = functional.ring_attention(
+            result = functional.context_parallel_attention(
                 q, k, v, meta=meta, mesh=mesh, scale=scale, kernel=case.kernel, return_lse=True
             )
-            sent.append(mesh.exchange.bytes_sent)
+            sent.append(_sent(mesh))
             return result
 
         ours = _gradients(shards[given], attend)
@@ -175,29 +183,52 @@ def run_case(
         q, k, v, dout, dlse = shards
         rest = (*schedule.packed, case.kernel, scale, mesh.exchange.handle)
         out, lse, held = RING_ATTENTION_OP(q, k, v, *rest)
-        sent.append(mesh.exchange.bytes_sent)
+        sent.append(_sent(mesh))
         dlse = dlse if case.lse_gradient else None
         ours = [out, lse, *RING_ATTENTION_BACKWARD_OP(dout, dlse, q, k, v, out, lse, held, *rest)]
-    sent.append(mesh.exchange.bytes_sent)
+    sent.append(_sent(mesh))
 
     errors = {}
     for i, name in enumerate(TENSORS):
-        part = layout.shard(exact[i], rank, world, dim=2 if name == "lse" else 1)
+        part = meta.shard(exact[i], dim=2 if name == "lse" else 1)
         allowed = FLOAT64_BOUND
         if plain is not None:
             floor = 4 * torch.finfo(ours[i].dtype).eps * _finite(part).abs().max().item()
             allowed = 2 * _distance(plain[i], exact[i]) + floor
         errors[name] = (_distance(ours[i], part), allowed)
-    predicted = comm_bytes(
-        schedule,
-        batch=BATCH,
-        num_kv_heads=HEADS[case.heads][1],
-        head_dim=case.head_dim,
-        itemsize=case.dtype.itemsize,
-        grad_itemsize=(mesh.exchange.grad_dtype or state_dtype(case.dtype)).itemsize,
-    )
+    predicted = _predicted(mesh, case, schedule)
     counted = CommBytes(sent[1] - sent[0], sent[2] - sent[1])
     return Report(errors, counted, predicted, schedule.digest, schedule.distances)
+
+
+def _sent(mesh: ParallelMesh) -> int:
+    return mesh.exchange.bytes_sent + mesh.head_exchange.bytes_sent
+
+
+def _predicted(mesh: ParallelMesh, case: Case, schedule: RingSchedule) -> CommBytes:
+    (h, hk), ulysses, lse = HEADS[case.heads], mesh.ulysses.size, state_dtype(case.dtype)
+    ring = comm_bytes(
+        schedule,
+        batch=BATCH,
+        num_kv_heads=max(hk, ulysses) // ulysses,
+        head_dim=case.head_dim,
+        itemsize=case.dtype.itemsize,
+        grad_itemsize=(mesh.exchange.grad_dtype or lse).itemsize,
+    )
+    there, back = (
+        ulysses_comm_bytes(
+            ulysses=ulysses,
+            batch=BATCH,
+            local_len=case.seq_len // mesh.sp.size,
+            num_heads=h,
+            num_kv_heads=hk,
+            head_dim=case.head_dim,
+            itemsize=case.dtype.itemsize,
+            lse_itemsize=lse.itemsize if with_lse else 0,
+        )
+        for with_lse in (True, case.lse_gradient)
+    )
+    return CommBytes(ring.forward + there.forward, ring.backward + back.backward)
 
 
 def _gradients(tensors: list[torch.Tensor], attend) -> list[torch.Tensor]:

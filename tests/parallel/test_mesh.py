@@ -11,7 +11,7 @@ from longctx.parallel.mesh import Axis, ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.testing import run_distributed
 
-AXES = ("ring", "sp", "dp", "grad")
+AXES = ("ring", "ulysses", "sp", "dp", "grad")
 
 
 def _axes(mesh: ParallelMesh) -> dict[str, Axis]:
@@ -38,11 +38,13 @@ def _neighbours(mesh: ParallelMesh) -> list[int]:
 def mesh_worker(rank: int) -> dict:
     found = {}
     meshes = {}
-    # Three meshes in one process, alive together.
+    # Five meshes in one process, alive together.
     for name, plan in {
         "dp2_ring2": ParallelPlan(ring=2),
         "ring4": ParallelPlan(ring=4, layout="striped"),
         "dp4": ParallelPlan(),
+        "ring2_ulysses2": ParallelPlan(ring=2, ulysses=2),
+        "ulysses4": ParallelPlan(ulysses=4),
     }.items():
         meshes[name] = ParallelMesh.create(plan, device="cpu")
     for name, mesh in meshes.items():
@@ -56,7 +58,12 @@ def mesh_worker(rank: int) -> dict:
             "handle": mesh.exchange.handle,
             "same_exchange": mesh.exchange is mesh.exchange,
             "dp": mesh.plan.dp,
-            "shares_ring_group": mesh.ring.group is not None and mesh.ring.group is mesh.sp.group,
+            "shares_group": [
+                (a.name, b.name)
+                for a in (mesh.ring, mesh.ulysses)
+                for b in (mesh.ring, mesh.ulysses, mesh.sp, mesh.dp, mesh.grad)
+                if a is not b and a.group is not None and a.group is b.group
+            ],
         }
     try:
         ParallelMesh.create(ParallelPlan(ring=3), device="cpu")
@@ -85,14 +92,14 @@ def test_axes(found):
     assert found[3]["dp2_ring2"]["prefix"] == "[rank 3 | dp1 pp0 ring1 uly0 tp0]"
 
 
-@pytest.mark.parametrize("name", ["dp2_ring2", "ring4", "dp4"])
+@pytest.mark.parametrize("name", ["dp2_ring2", "ring4", "dp4", "ring2_ulysses2", "ulysses4"])
 def test_groups_connect_the_ranks_of_their_axis(found, name):
     for f in found:
         assert f[name]["sums"] == {axis: sum(10**r for r in ranks) for axis, ranks in f[name]["ranks"].items()}
         assert f[name]["without_group"] == [axis for axis, ranks in f[name]["ranks"].items() if len(ranks) == 1]
         assert f[name]["same_exchange"]
-        # Reductions never stand in the ring's way.
-        assert not f[name]["shares_ring_group"]
+        # Reductions never stand in attention's way.
+        assert not f[name]["shares_group"]
 
 
 def test_rings_are_closed(found):
@@ -102,6 +109,15 @@ def test_rings_are_closed(found):
         assert f["dp4"]["handle"] == ""
         assert f["dp4"]["dp"] == 4
         assert f["ring4"]["handle"] != f["dp2_ring2"]["handle"] != ""
+
+
+def test_ulysses_ranks_are_neighbours_and_each_is_on_a_ring_of_its_own(found):
+    ranks = [f["ring2_ulysses2"]["ranks"] for f in found]
+    assert [r["ulysses"] for r in ranks] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert [r["ring"] for r in ranks] == [(0, 2), (1, 3), (0, 2), (1, 3)]
+    assert {r["sp"] for r in ranks} == {(0, 1, 2, 3)}
+    assert [f["ring2_ulysses2"]["neighbours"] for f in found] == [[2, 2], [3, 3], [0, 0], [1, 1]]
+    assert [f["ulysses4"]["places"]["ulysses"] for f in found] == [0, 1, 2, 3]
 
 
 def test_every_rank_refuses_a_plan_that_does_not_fit(found):
@@ -131,4 +147,4 @@ def test_several_processes_need_one():
 
 def test_what_is_not_there_yet_is_refused():
     with pytest.raises(PlanError, match="ring 2 with pp 1"):
-        ParallelPlan(ulysses=2).resolve(2)
+        ParallelPlan(tp=2).resolve(2)

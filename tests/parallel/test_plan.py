@@ -62,10 +62,10 @@ def test_every_problem_is_listed():
     with pytest.raises(PlanError) as error:
         ParallelPlan(pp=2, ulysses=2, tp=2, ring=3, layout="zigzagg").resolve(7)
     message = str(error.value)
-    assert message.startswith("5 problems with this plan")
-    for axis in ("pp = 2", "ulysses = 2", "tp = 2"):
+    assert message.startswith("4 problems with this plan")
+    for axis in ("pp = 2", "tp = 2"):
         assert axis in message
-    assert message.count("ring 24 with pp 1, ulysses 1, tp 1") == 3
+    assert message.count("ring 24 with pp 1, ulysses 1, tp 1") == 2
     assert "did you mean 'zigzag'" in message
     assert "not a multiple of pp * ring * ulysses * tp = 24" in message
 
@@ -93,6 +93,29 @@ def test_check_names_the_nearest_lengths():
     assert problem.hint == "nearest: 16"
 
 
+def test_ulysses_divides_heads_and_lengths():
+    def check(ring, ulysses, heads, kv_heads, seq_len=1 << 12):
+        plan = ParallelPlan(ring=ring, ulysses=ulysses)
+        return [(p.what, p.hint) for p in plan.check(num_heads=heads, num_kv_heads=kv_heads, seq_len=seq_len)]
+
+    assert check(1, 4, 8, 2) == check(2, 8, 8, 1) == check(4, 2, 8, 2) == []
+    # A ring shard of 2 x 2 zigzag chunks needs no more than one chunk a rank.
+    assert check(2, 2, 4, 2, seq_len=4) == []
+    assert check(1, 3, 8, 2, seq_len=12) == [
+        (
+            "num_heads 8 is not a multiple of ulysses 3",
+            "nearest for the same processes: ulysses 1 with ring 3; these heads allow ulysses 1, 2, 4, 8",
+        )
+    ]
+    ((what, hint),) = check(1, 4, 12, 6)
+    assert what.startswith("num_kv_heads 6 and ulysses 4: neither is a multiple of the other")
+    assert hint.startswith("nearest for the same processes: ulysses 2 with ring 2 or ulysses 1 with ring 4;")
+    assert check(2, 3, 6, 3, seq_len=16) == [
+        ("seq_len = 16 is not a multiple of 12 (zigzag over ring 2 x ulysses 3)", "nearest: 12 or 24")
+    ]
+    assert len(check(1, 3, 8, 2)) == 2
+
+
 def test_check_finds_heads_that_do_not_group():
     (problem,) = ParallelPlan().check(num_heads=6, num_kv_heads=4, seq_len=64)
     assert problem.what == "num_heads 6 is not a multiple of num_kv_heads 4"
@@ -115,6 +138,8 @@ def test_describe_shows_who_holds_what():
         "  rank 1  dp0 pp0 ring1 uly0 tp0  tokens 4-11",
     ]
     assert "tokens" not in plan.describe()
+    both = ParallelPlan(dp=1, ring=2, ulysses=2).describe(16).splitlines()[1:]
+    assert [line.split("tokens ")[1] for line in both] == ["0-3", "12-15", "4-7", "8-11"]
     striped = ParallelPlan(dp=1, ring=2, layout="striped").describe(1 << 12)
     assert "tokens 1, 3, 5, 7, ... (2_048 spans)" in striped
     assert ParallelPlan(dp=1).describe(1 << 20).splitlines()[1].endswith("tokens 0-1_048_575")

@@ -1,0 +1,277 @@
+"""Ulysses, alone and around a ring, on real processes against the dense result; and that the check can fail."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from ring_cases import BATCH, HEADS, LAYOUTS, MASKS, Case, Report, run_case
+
+from longctx import functional
+from longctx import model as model_module
+from longctx.attention import ParallelAttention
+from longctx.errors import DistributedError, ShapeError
+from longctx.layout import SequenceMeta
+from longctx.masks import Causal
+from longctx.model import ModelConfig, Transformer
+from longctx.parallel import ulysses
+from longctx.parallel.mesh import ParallelMesh
+from longctx.parallel.plan import ParallelPlan
+from longctx.parallel.ring import RING_ATTENTION_OP
+from longctx.parallel.schedule import ulysses_comm_bytes
+from longctx.parallel.ulysses import ALL_TO_ALL_OP
+from longctx.testing import run_distributed
+
+# Degrees -> heads that every mask and layout is tried with, and others.
+PLANS = {
+    "ulysses2": (ParallelPlan(ulysses=2), "gqa", ("mha", "mqa4")),
+    "ulysses3": (ParallelPlan(ulysses=3), "gqa6", ("mqa6",)),
+    "ring2x2": (ParallelPlan(ring=2, ulysses=2), "gqa", ("mha", "mqa4")),
+    # Fewer key heads than ranks.
+    "ulysses4": (ParallelPlan(ulysses=4), "gqa", ("mqa4",)),
+}
+
+
+def cases_of(name: str) -> dict[str, Case]:
+    _, heads, others = PLANS[name]
+    cases = [Case(mask, layout, heads=heads) for mask, layout in itertools.product(MASKS, LAYOUTS)]
+    cases += [Case("own_docs_causal", "zigzag", heads=other) for other in others]
+    cases += [Case(mask, "zigzag", torch.float32, heads=heads, lse_gradient=False) for mask in ("causal", "docs")]
+    cases += [Case("own_docs_causal", layout, torch.bfloat16, heads=heads) for layout in ("zigzag", "striped4")]
+    return {str(case): case for case in cases}
+
+
+# ---- broken twins: mistakes that the check must see, or it proves nothing
+
+
+def _heads_in_another_order(out, *, world, exchange):
+    message = out.unflatten(1, (world, -1)).movedim(1, 0)
+    return ALL_TO_ALL_OP(message, exchange).movedim(0, 3).flatten(2, 3)
+
+
+def _only_the_first_copy_has_a_gradient(x, world):
+    copies = max(1, world // x.shape[2])
+    rest = x.detach().unsqueeze(3).expand(-1, -1, -1, copies - 1, -1)
+    return torch.cat([x.unsqueeze(3), rest], 3).flatten(2, 3)
+
+
+def _copies_in_turn(x, world):
+    return x.repeat(1, 1, max(1, world // x.shape[2]), 1)
+
+
+_meta_of = SequenceMeta.of
+
+
+def _cut_before_the_layout(seq_len, **rest):
+    piece = seq_len // rest["ulysses_world"]
+    positions = rest["layout"].positions(rest["ring_rank"], rest["ring_world"], piece) + rest["ulysses_rank"] * piece
+    return replace(_meta_of(seq_len, **rest), positions=positions)
+
+
+# name -> (what is replaced, by what, the plans and heads with which it must be seen)
+TWINS = {
+    "heads_in_another_order": (
+        functional,
+        "to_sequence",
+        _heads_in_another_order,
+        {"ulysses2": "gqa", "ring2x2": "gqa"},
+    ),
+    "missing_gradient_sum": (
+        ulysses,
+        "repeat_heads",
+        _only_the_first_copy_has_a_gradient,
+        {"ulysses2": "mqa4", "ulysses3": "mqa6", "ring2x2": "mqa4", "ulysses4": "gqa"},
+    ),
+    "copies_in_turn": (ulysses, "repeat_heads", _copies_in_turn, {"ulysses4": "gqa"}),
+    "cut_before_the_layout": (SequenceMeta, "of", staticmethod(_cut_before_the_layout), {"ring2x2": "gqa"}),
+}
+
+
+def twins_caught(mesh: ParallelMesh, name: str) -> dict[str, list[str]]:
+    """Of each twin that concerns the plan: the tensors that came out wrong."""
+    found = {}
+    for twin, (owner, attribute, broken, plans) in TWINS.items():
+        if name in plans:
+            right = owner.__dict__[attribute]
+            setattr(owner, attribute, broken)
+            try:
+                found[twin] = run_case(mesh, Case("causal", "zigzag", heads=plans[name])).wrong
+            finally:
+                setattr(owner, attribute, right)
+    return found
+
+
+# ---- what the processes of a plan do
+
+
+def traffic_of_a_model(mesh: ParallelMesh) -> dict[str, object]:
+    """Bytes sent and gradients of a training step, without and with activation checkpointing, and with a broken twin of it
+    that keeps attention's result alone."""
+    meta = SequenceMeta.of(
+        48,
+        ring_rank=mesh.ring.rank,
+        ring_world=mesh.ring.size,
+        ulysses_rank=mesh.ulysses.rank,
+        ulysses_world=mesh.ulysses.size,
+    )
+    batch = type("Batch", (), {"tokens": meta.shard(torch.arange(48)[None]), "meta": meta})()
+    batch.labels = batch.tokens
+    config = ModelConfig(vocab_size=48, hidden_size=24, num_layers=2, num_heads=12, num_kv_heads=1, head_dim=2)
+    sent, gradients = [], []
+    kept = model_module._KEPT
+    for recompute, keep in ((False, kept), (True, kept), (True, (RING_ATTENTION_OP,))):
+        model_module._KEPT = keep
+        model = Transformer(config, mesh=mesh, kernel="reference", activation_checkpointing=recompute).double()
+        before = mesh.exchange.bytes_sent, mesh.head_exchange.bytes_sent
+        model(batch).backward()
+        sent.append((mesh.exchange.bytes_sent - before[0], mesh.head_exchange.bytes_sent - before[1]))
+        gradients.append([p.grad for p in model.parameters()])
+    model_module._KEPT = kept
+    return {"sent": sent, "equal": all(torch.equal(a, b) for a, b in zip(*gradients[:2], strict=True))}
+
+
+def refusals(mesh: ParallelMesh) -> dict[str, str]:
+    """What is said, before anything is sent, to shards and metas that do not fit."""
+    u, n = mesh.ulysses.rank, mesh.ulysses.size
+    meta = SequenceMeta.of(96, ring_rank=mesh.ring.rank, ring_world=mesh.ring.size, ulysses_rank=u, ulysses_world=n)
+    other = replace(meta, ulysses_rank=(u + 1) % n)
+    x = torch.zeros(1, meta.local_len, n, 4)
+    odd = torch.zeros(1, meta.local_len, n + 1, 4)
+    calls = {
+        "heads": lambda: functional.ulysses_attention(odd, odd, odd, meta=meta, mesh=mesh),
+        "rank": lambda: functional.ulysses_attention(x, x, x, meta=other, mesh=mesh),
+        "length": lambda: functional.ulysses_attention(x[:, 1:], x[:, 1:], x[:, 1:], meta=meta, mesh=mesh),
+        "ring": lambda: functional.ring_attention(x, x, x, meta=meta, mesh=mesh),
+        "no_mesh": lambda: ParallelAttention()(x, x, x, meta),
+    }
+    said = {}
+    before = mesh.head_exchange.bytes_sent
+    for name, call in calls.items():
+        try:
+            call()
+        except ShapeError as error:
+            said[name] = str(error)
+    assert mesh.head_exchange.bytes_sent == before
+    return said
+
+
+def worker(rank: int, name: str) -> dict[str, object]:
+    # Fills torch.empty with NaN.
+    torch.use_deterministic_algorithms(True)
+    mesh = ParallelMesh.create(PLANS[name][0], device="cpu")
+    found: dict[str, object] = {"reports": {n: run_case(mesh, case) for n, case in cases_of(name).items()}}
+    found["twins"] = twins_caught(mesh, name)
+    found["model"] = traffic_of_a_model(mesh)
+    found["refused"] = refusals(mesh)
+    found["module"] = repr(ParallelAttention(mesh))
+    message = torch.ones(mesh.ulysses.size, 1, requires_grad=True)
+    sent = ALL_TO_ALL_OP(message, mesh.head_exchange.handle)
+    del mesh
+    try:
+        sent.sum().backward()
+    except DistributedError as error:
+        found["mesh_is_gone"] = str(error)
+    return found
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def found(request) -> tuple[str, list[dict]]:
+    """A plan, and what each of its ranks found."""
+    plan = PLANS[request.param][0]
+    return request.param, run_distributed(worker, request.param, world=plan.sp, plan=plan)
+
+
+def test_every_mask_and_layout_is_attention_over_the_whole_sequence(found):
+    name, ranks = found
+    wrong = {(rank, n): r.wrong for rank, f in enumerate(ranks) for n, r in f["reports"].items() if r.wrong}
+    assert not wrong
+    assert len(ranks[0]["reports"]) == len(cases_of(name)) > len(MASKS) * len(LAYOUTS)
+
+
+def test_every_rank_sends_what_was_predicted(found):
+    for f in found[1]:
+        for name, report in f["reports"].items():
+            assert isinstance(report, Report)
+            assert report.sent == report.predicted, name
+            assert report.sent.forward > 0
+
+
+@pytest.mark.parametrize("heads", ["gqa", "mqa4"])
+@pytest.mark.parametrize("degree", [2, 4])
+def test_bytes_are_those_of_the_formula(degree, heads):
+    """(U - 1) / U * s * D * (2 Hq + 2 H'k) * b, with H'k = max(Hk, U)."""
+    (h, hk), s, d = HEADS[heads], 24, 8
+    sent = ulysses_comm_bytes(
+        ulysses=degree, batch=BATCH, local_len=s, num_heads=h, num_kv_heads=hk, head_dim=d, itemsize=2
+    )
+    assert sent.forward == sent.backward == BATCH * (degree - 1) / degree * s * d * (2 * h + 2 * max(hk, degree)) * 2
+
+
+def test_broken_twins_are_caught(found):
+    name, ranks = found
+    for twin, (*_, plans) in TWINS.items():
+        if name in plans:
+            assert any(f["twins"][twin] for f in ranks), twin
+    if "missing_gradient_sum" in ranks[0]["twins"]:
+        # And in nothing but what it breaks.
+        assert {t.split(":")[0] for f in ranks for t in f["twins"]["missing_gradient_sum"]} == {"dk", "dv"}
+
+
+def test_activation_checkpointing_sends_nothing_twice(found):
+    for f in found[1]:
+        assert f["model"]["equal"]
+        plain, recomputed, twin = f["model"]["sent"]
+        assert plain == recomputed
+        assert twin[1] > plain[1]
+        assert plain[1] > 0
+
+
+def test_what_does_not_fit_is_refused_before_any_message(found):
+    name, ranks = found
+    n = PLANS[name][0].ulysses
+    for rank, f in enumerate(ranks):
+        said = f["refused"]
+        assert f"num_heads {n + 1} is not a multiple of ulysses {n}" in said["heads"]
+        assert "ulysses 1 with ring" in said["heads"]
+        assert f"but this process is ulysses rank {rank % n} of {n}" in said["rank"]
+        assert "positions each, but a rank's share of 96" in said["length"]
+        assert "use context_parallel_attention" in said["ring"]
+        assert "has no mesh" in said["no_mesh"]
+        assert f"ulysses={n}" in f["module"]
+        assert "keep the ParallelMesh alive" in f["mesh_is_gone"]
+
+
+# ---- the operator in one process
+
+
+def test_the_operator_is_well_registered():
+    for message in (torch.randn(1, 3, 2), torch.randn(1, 3, 2).transpose(1, 2)):
+        torch.library.opcheck(ALL_TO_ALL_OP, (message.detach().requires_grad_(), ""))
+
+
+def test_one_rank_alone_is_plain_attention():
+    mesh = ParallelMesh.create(ParallelPlan(), device="cpu")
+    q, k, v = (torch.randn(2, 12, h, 4, dtype=torch.float64) for h in (4, 2, 2))
+    meta = SequenceMeta.of(12)
+    expected = functional.attention(q, k, v, mask=Causal(), return_lse=True)
+    for attend in (functional.ulysses_attention, functional.context_parallel_attention):
+        got = attend(q, k, v, meta=meta, mesh=mesh, return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.gpu2
+def test_ulysses_of_gpus():
+    ranks = run_distributed(gpu_worker, world=2, backend="nccl", timeout_s=300)
+    assert {(rank, n): r.wrong for rank, rs in enumerate(ranks) for n, r in rs.items() if r.wrong} == {}
+    assert all(r.sent == r.predicted for rs in ranks for r in rs.values())
+
+
+def gpu_worker(rank: int) -> dict[str, Report]:
+    mesh = ParallelMesh.create(ParallelPlan(ulysses=2), device=torch.device("cuda", rank))
+    cases = [
+        Case(mask, "zigzag", torch.bfloat16, heads=heads, head_dim=128, seq_len=512, kernel="auto", lse_gradient=False)
+        for mask, heads in itertools.product(("causal", "window_causal", "prefix"), ("gqa", "mqa4"))
+    ]
+    return {str(case): run_case(mesh, case) for case in cases}
