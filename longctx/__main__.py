@@ -1,4 +1,4 @@
-"""`longctx` on the command line: `longctx train | layout | info | bench`, the same as `python -m longctx`."""
+"""`longctx` on the command line: `longctx train | layout | info | check | bench`, the same as `python -m longctx`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("longctx.__main__", "train a model; the same as train.py"),
     "layout": ("longctx.draw", "draw who holds what, and the work of each hop"),
     "info": ("longctx.info", "versions, devices, and which kernels can be used here and why not"),
+    "check": ("longctx.check", "compare a plan's attention, gradients and loss with one process's, on this machine"),
     "bench": ("longctx.bench", "measure attention against the hardware's limit and other libraries"),
 }
 

@@ -29,7 +29,7 @@ LAYERS = (
     ("L5 DeepSpeed", ("optim", "deepspeed_setup", "engine", "checkpoint_files", "checkpoint_folder", "checkpoint")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
-    ("L6 commands", ("peers", "bench", "draw", "info", "__main__")),
+    ("L6 commands", ("peers", "bench", "comparison", "broken", "parity", "check", "draw", "info", "__main__")),
 )
 LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}
 

@@ -9,6 +9,7 @@ from longctx.layout import SequenceMeta, ZigZag
 from longctx.masks import Causal, Documents
 from longctx.model import ModelConfig, Transformer
 from longctx.optim import OptimConfig, lr_at
+from longctx.parity import reference_backward
 
 # 48 divides for zigzag over 1, 2, 3 and 4 ranks; 3 layers of GQA would tell no more than 2.
 SEQ_LEN = 48
@@ -57,41 +58,9 @@ def full_step(
     ]
 
 
-def shards(full: list[list[ShardedBatch]], mesh) -> list[ShardedBatch]:
-    """What the process of `mesh` holds of `full_step`."""
-    layout, ring = ZigZag(), mesh.ring
-    return [
-        ShardedBatch(
-            layout.shard(of_dp[mesh.dp.rank].tokens, ring.rank, ring.size),
-            layout.shard(of_dp[mesh.dp.rank].labels, ring.rank, ring.size),
-            SequenceMeta.of(
-                SEQ_LEN,
-                mask=of_dp[mesh.dp.rank].meta.mask,
-                layout=layout,
-                ring_rank=ring.rank,
-                ring_world=ring.size,
-            ),
-            of_dp[0].num_target_tokens,
-            of_dp[0].cursor,
-        )
-        for of_dp in full
-    ]
-
-
 def reference_model(config: ModelConfig = MODEL, dtype: torch.dtype = torch.float64) -> Transformer:
     """The same weights as every engine's model in these tests starts from, without any mesh."""
     return Transformer(config, kernel="reference", seed=0).to(dtype)
-
-
-def reference_backward(model: Transformer, full: list[list[ShardedBatch]]) -> float:
-    """Gradients of the mean loss over the step's targets by plain autograd; returns that mean."""
-    total = 0.0
-    for of_dp in full:
-        for batch in of_dp:
-            loss = model(batch) / batch.num_target_tokens
-            loss.backward()
-            total += loss.item()
-    return total
 
 
 class ReferenceTrainer:
