@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_cases import MODEL, full_step, shards
+from train_cases import MODEL, full_step
 
 from longctx import checkpoint
 from longctx.checkpoint import (
@@ -32,6 +32,7 @@ from longctx.errors import CheckpointError, DistributedError
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
+from longctx.parity import shard_step
 from longctx.testing import run_distributed
 
 FINGERPRINT = asdict(MODEL)
@@ -59,7 +60,9 @@ def make_engine(run: str, *, ring: int = 2, dp: int = 1, optim: OptimConfig = OP
 def take_steps(engine, first: int, last: int) -> list[tuple[float, float]]:
     taken = []
     for step in range(first, last):
-        result = engine.train_step(step, shards(full_step(step, dp=engine.mesh.dp.size, accumulation=2), engine.mesh))
+        result = engine.train_step(
+            step, shard_step(full_step(step, dp=engine.mesh.dp.size, accumulation=2), engine.mesh)
+        )
         taken.append((result.loss, result.grad_norm))
     return taken
 

@@ -15,10 +15,8 @@ from train_cases import (
     MODEL,
     ReferenceTrainer,
     full_step,
-    reference_backward,
     reference_model,
     relative_error,
-    shards,
 )
 
 from longctx import engine as engine_module
@@ -29,6 +27,7 @@ from longctx.model import ModelConfig, Transformer
 from longctx.optim import OptimConfig, lr_at, parameter_groups
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
+from longctx.parity import reference_backward, shard_step
 from longctx.testing import run_distributed
 
 STAGES = (0, 1, 2, 3)
@@ -60,7 +59,7 @@ def gradient_errors(mesh: ParallelMesh, *, model: ModelConfig = MODEL, **setting
     starved = (mesh.dp.size - 1, *last) if mesh.world_size > 1 else None
     full = full_step(0, dp=mesh.dp.size, accumulation=accumulation, starved=starved)
     engine = make_engine(mesh, model=model, **settings)
-    loss = engine.accumulate(0, shards(full, mesh))
+    loss = engine.accumulate(0, shard_step(full, mesh))
     got = engine.gradients()
     reference = reference_model(model)
     expected_loss = reference_backward(reference, full)
@@ -130,7 +129,7 @@ def broken_gradients(rank: int) -> dict[str, float]:
         return max(error for name, error in gradient_errors(mesh, **settings).items() if name != "loss")
 
     # The usual mistake: every rank and micro-batch brings the mean over its own targets.
-    mine = [b.labels for b in shards(full_step(0, dp=1, accumulation=2, starved=(0, 1, 2)), mesh)]
+    mine = [b.labels for b in shard_step(full_step(0, dp=1, accumulation=2, starved=(0, 1, 2)), mesh)]
     counts = iter([max(1, int((labels != -100).sum())) for labels in mine])
     engine_module.scaled_loss = lambda local_sum, **rest: local_sum / next(counts)
     found["mean_of_means"] = worst(accumulation_steps=2)
@@ -226,10 +225,10 @@ def train(rank: int) -> dict[str, dict]:
             start = engine.full_state_dict()
             results = []
             for n, full in enumerate(steps):
-                results.append(engine.train_step(n, shards(full, mesh)))
+                results.append(engine.train_step(n, shard_step(full, mesh)))
                 # Between steps, to see that it changes nothing.
-                engine.evaluate(shards(full, mesh)[:1])
-            evaluated = engine.evaluate(shards(steps[0], mesh))
+                engine.evaluate(shard_step(full, mesh)[:1])
+            evaluated = engine.evaluate(shard_step(steps[0], mesh))
             state = engine.full_state_dict()
             moved = [
                 relative_error(state[name].double() - start[name].double(), after[name] - before[name])
@@ -260,7 +259,7 @@ def bf16_gradients(rank: int) -> dict[str, dict[str, tuple[float, float]]]:
     found = {}
     for stage in (1, 2, 3):
         engine = make_engine(mesh, zero_stage=stage, dtype="bf16")
-        engine.accumulate(0, shards(full, mesh))
+        engine.accumulate(0, shard_step(full, mesh))
         ours = engine.gradients()
         found[f"zero{stage}"] = {
             name: (relative_error(ours[name], p.grad), theirs[name]) for name, p in exact.named_parameters()
@@ -344,8 +343,8 @@ class Poisoned(Transformer):
 def stop(rank: int) -> dict[str, str]:
     """Each stage's message for each reason, and whether the parameters stayed as they were."""
     mesh = make_mesh(ring=2)
-    good = shards(full_step(0, dp=1, accumulation=1), mesh)
-    bad = shards(full_step(1, dp=1, accumulation=1), mesh)
+    good = shard_step(full_step(0, dp=1, accumulation=1), mesh)
+    bad = shard_step(full_step(1, dp=1, accumulation=1), mesh)
     told = {}
     cases = [(poison, "fp32", stage) for stage in STAGES for poison in ("loss", "gradient")]
     for poison, dtype, stage in [*cases, *(("gradient", "bf16", stage) for stage in (1, 2, 3))]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import longctx
-from longctx import bench, draw, info, results
+from longctx import bench, check, draw, info, results
 from longctx.__main__ import COMMANDS, TrainArguments
 from longctx.config import Config, key_names, load_config
 from longctx.weights import export_parser, import_parser, parse_bytes
@@ -68,6 +68,8 @@ def _longctx(words):
         assert draw.main(rest) == 0
     elif command == "info":
         assert info.main(rest) == 0
+    elif command == "check":
+        assert check.prepare(rest).case.plan.world_size == int(rest[rest.index("--nproc") + 1])
     elif command == "bench" and "--smoke" in rest:
         assert bench.main(rest) == 0
     elif command == "bench":

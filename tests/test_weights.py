@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from run_cases import clean_env, train, write_text
 from safetensors.torch import load_file, save_file
-from train_cases import ROWS, SEQ_LEN, full_step, shards
+from train_cases import ROWS, SEQ_LEN, full_step
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from weights_cases import CASES, filled
 
@@ -31,6 +31,7 @@ from longctx.model import Transformer
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
+from longctx.parity import shard_step
 from longctx.preparation import weights_to_start_from
 from longctx.testing import run_distributed
 from longctx.weights import INDEX, SINGLE, WeightsFolder, export, import_config, parse_bytes, shards_of
@@ -96,7 +97,7 @@ def through_engines(rank: int, root: str) -> dict:
         )
         start = engine.full_state_dict()
         for step in range(2):
-            engine.train_step(step, shards(full_step(step, dp=1, accumulation=1), mesh))
+            engine.train_step(step, shard_step(full_step(step, dp=1, accumulation=1), mesh))
         fingerprint = asdict(weights.config)
         save_checkpoint(Path(root) / name, engine, TrainState(step=2), fingerprint=fingerprint, keep=1)
         masters = {}

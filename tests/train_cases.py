@@ -9,6 +9,7 @@ from longctx.layout import SequenceMeta
 from longctx.masks import Causal, Documents
 from longctx.model import ModelConfig, Transformer
 from longctx.optim import OptimConfig, lr_at
+from longctx.parity import reference_backward
 
 # 48 divides for zigzag over 1, 2, 3 and 4 ranks; 3 layers of GQA would tell no more than 2.
 SEQ_LEN = 48
@@ -58,38 +59,9 @@ def full_step(
     ]
 
 
-def shards(full: list[list[ShardedBatch]], mesh) -> list[ShardedBatch]:
-    """What the process of `mesh` holds of `full_step`."""
-    held = []
-    for of_dp in full:
-        whole = of_dp[mesh.dp.rank]
-        meta = SequenceMeta.of(
-            SEQ_LEN,
-            mask=whole.meta.mask,
-            ring_rank=mesh.ring.rank,
-            ring_world=mesh.ring.size,
-            ulysses_rank=mesh.ulysses.rank,
-            ulysses_world=mesh.ulysses.size,
-        )
-        tokens, labels = meta.shard(whole.tokens), meta.shard(whole.labels)
-        held.append(ShardedBatch(tokens, labels, meta, of_dp[0].num_target_tokens, of_dp[0].cursor))
-    return held
-
-
 def reference_model(config: ModelConfig = MODEL, dtype: torch.dtype = torch.float64) -> Transformer:
     """The same weights as every engine's model in these tests starts from, without any mesh."""
     return Transformer(config, kernel="reference", seed=0).to(dtype)
-
-
-def reference_backward(model: Transformer, full: list[list[ShardedBatch]]) -> float:
-    """Gradients of the mean loss over the step's targets by plain autograd; returns that mean."""
-    total = 0.0
-    for of_dp in full:
-        for batch in of_dp:
-            loss = model(batch) / batch.num_target_tokens
-            loss.backward()
-            total += loss.item()
-    return total
 
 
 class ReferenceTrainer:
