@@ -98,8 +98,9 @@ def flash_attn_qkvpacked_func(
         qkv: "b s 3 h d".
     """
     check_shapes(qkv=(qkv, "b s 3 h d"))
+    q, k, v = qkv.unbind(2)
     return flash_attn_func(
-        *qkv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs, kernel=kernel,
     )  # fmt: skip
 
@@ -125,8 +126,9 @@ def flash_attn_kvpacked_func(
         kv: "b sk 2 hk d".
     """
     check_shapes(kv=(kv, "b sk 2 hk d"))
+    k, v = kv.unbind(2)
     return flash_attn_func(
-        q, *kv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs, kernel=kernel,
     )  # fmt: skip
 
@@ -244,9 +246,7 @@ def _band_hops(sq: int, sk: int, left: int, right: int) -> tuple[Tensor, Tensor]
 
 
 @lru_cache(maxsize=CACHED_SCHEDULES)
-def _document_hops(
-    cu_q: tuple[int, ...], cu_k: tuple[int, ...], left: int, right: int
-) -> tuple[Tensor, Tensor]:
+def _document_hops(cu_q: tuple[int, ...], cu_k: tuple[int, ...], left: int, right: int) -> tuple[Tensor, Tensor]:
     """One hop in which each row sees the keys of its document that the window shows."""
     total_q, total_k = cu_q[-1], cu_k[-1]
     starts_q, starts_k = torch.tensor(cu_q), torch.tensor(cu_k)

@@ -63,7 +63,9 @@ def agree(got, want, tensors, bound=BOUND):
     weights = [torch.cos(torch.arange(t.numel(), dtype=t.dtype)).view_as(t) for t in want]
 
     def total(results):
-        return sum((torch.where(b == -math.inf, 0.0, a) * w).sum() for a, b, w in zip(results, want, weights, strict=True))
+        return sum(
+            (torch.where(b == -math.inf, 0.0, a) * w).sum() for a, b, w in zip(results, want, weights, strict=True)
+        )
 
     for a, b in zip(torch.autograd.grad(total(got), tensors), torch.autograd.grad(total(want), tensors), strict=True):
         assert (a - b).abs().max() <= bound

@@ -101,9 +101,7 @@ def _steps(q: torch.Tensor, k: torch.Tensor, key_range: KeyRange):
         yield rows, keys, visible[:, None].to(q.device)
 
 
-def _scores(
-    q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The scores in the state's dtype, "b h i j", and their derivative by scale * q @ k^T; None where that is 1."""
     dtype = state_dtype(q.dtype)
     grouped = q.to(dtype).unflatten(2, (k.shape[2], -1))

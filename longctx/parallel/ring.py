@@ -218,9 +218,7 @@ def _accumulator(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=state_dtype(like.dtype), device=like.device)
 
 
-def _backward_kernel(
-    name: str, q: Tensor, key_range: KeyRange, softcap: float, dlse: Tensor | None
-) -> BlockAttention:
+def _backward_kernel(name: str, q: Tensor, key_range: KeyRange, softcap: float, dlse: Tensor | None) -> BlockAttention:
     """The kernel for one block's backward. A gradient of lse reaches the scores through delta alone."""
     chosen = select_kernel(name, q, key_range, softcap)
     if dlse is None or chosen.name not in _OWN_DELTA:

@@ -254,7 +254,9 @@ def gpu_cases() -> list[Case]:
             cases += [Case("cudnn", dtype, v, 515, 515, head_dim=dim) for v in ("full", "causal", "rectangle")]
     cases.append(Case("cudnn", "bfloat16", "full", 515, 515, head_dim=128, blocks=3))
     for dtype, dim in (("bfloat16", 256), ("float16", 128), ("float32", 64)):
-        capped = Case("triton", dtype, "full", 515, 515, heads=4, kv_heads=2, head_dim=dim, descriptor=True, softcap=2.0)
+        capped = Case(
+            "triton", dtype, "full", 515, 515, heads=4, kv_heads=2, head_dim=dim, descriptor=True, softcap=2.0
+        )
         cases += [replace(capped, visible=visible) for visible in VISIBLE]
         cases += [replace(capped, visible="causal", amplitude=200.0, softcap=50.0), replace(capped, blocks=3)]
     cases.append(Case("cudnn", "bfloat16", "empty", 515, 515, head_dim=128))

@@ -12,9 +12,12 @@ from longctx import functional
 from longctx.attention import ParallelAttention
 from longctx.errors import KernelError, ShapeError
 from longctx.kernels import SoftmaxState, sinks
+from longctx.kernels.reference import ReferenceAttention
 from longctx.layout import SequenceMeta
 from longctx.masks import Causal
 from longctx.parallel import ring
+from longctx.parallel.mesh import ParallelMesh
+from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
 from longctx.parallel.schedule import RingSchedule
 from longctx.testing import run_distributed, run_virtual_ring
@@ -38,8 +41,7 @@ def dense(q, k, v, logits, visible, softcap):
     s = torch.einsum("bihd,bjhd->bhij", q, k) * SCALE
     s = softcap * torch.tanh(s / softcap) if softcap else s
     s = s.masked_fill(~(visible if visible.ndim == 2 else visible[:, None]), -math.inf)
-    sink = (torch.full_like(logits, -math.inf) if logits is None else logits)[None, :, None, None]
-    s = torch.cat([s, sink.expand(*s.shape[:3], 1)], -1)
+    s = torch.cat([s, logits[None, :, None, None].expand(*s.shape[:3], 1)], -1)
     return torch.einsum("bhij,bjhd->bihd", s.softmax(-1)[..., :-1], v), s.logsumexp(-1)
 
 
@@ -47,7 +49,11 @@ def results(attend, tensors, dout, dlse) -> list[torch.Tensor]:
     tensors = [t.detach().requires_grad_() for t in tensors]
     out, lse = attend(*tensors)
     grads = torch.autograd.grad((out, lse), tensors, (dout, dlse), allow_unused=True)
-    return [out.detach(), lse.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors, strict=True))]
+    return [
+        out.detach(),
+        lse.detach(),
+        *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors, strict=True)),
+    ]
 
 
 def worker(mesh, mask_name: str, layout_name: str, option: str, dtype=torch.float64, kernel="reference"):
@@ -60,7 +66,6 @@ def worker(mesh, mask_name: str, layout_name: str, option: str, dtype=torch.floa
         # exp(-1e30) = 0: the dense oracle's column without weight.
         whole[3] = torch.full_like(whole[3], -1e30)
     visible = mask.materialize(SEQ_LEN)
-    # Rows that see nothing have no lse without a sink.
     exact = [t.double() for t in whole]
     want = results(lambda *x: dense(*x, visible, softcap), exact[:4], *exact[4:])
     plain = results(lambda *x: dense(*x, visible, softcap), whole[:4], *whole[4:])
@@ -99,7 +104,8 @@ def wrong(found: list[dict]) -> list[str]:
     return said
 
 
-def all_cases(mesh, cases):
+def all_cases(rank: int, cases: list[tuple]) -> list[dict]:
+    mesh = ParallelMesh.create(ParallelPlan(ring=3), device="cpu")
     return [worker(mesh, *case) for case in cases]
 
 
@@ -122,37 +128,30 @@ def test_virtual_ring(world, option):
     assert wrong(run_virtual_ring(worker, "causal", "zigzag", option, world=world)) == []
 
 
-def _count_at_every_hop(monkeypatch):
-    """The twin that lets the sinks join once for each block."""
-    forward = ring.select_kernel("reference", torch.zeros(1, 1, 1, 1), MASKS_FULL).forward
+class CountsTheSinkAtEveryHop(ReferenceAttention):
+    """A sink of 0 joins once for each block instead of once for each row."""
 
-    class Twin:
-        name = "reference"
-
-        def forward(self, q, *args, **kwargs):
-            state = forward(q, *args, **kwargs)
-            sinks.add_sinks(state, torch.zeros(q.shape[2]))
-            return state
-
-    monkeypatch.setattr(ring, "select_kernel", lambda *_: Twin())
-
-
-MASKS_FULL = RingSchedule.build(MASKS["full"], LAYOUTS["contiguous"], 0, 1, SEQ_LEN).hops[0].key_range
+    def forward(self, q, *args, **kwargs):
+        state = super().forward(q, *args, **kwargs)
+        sinks.add_sinks(state, torch.zeros(q.shape[2]))
+        return state
 
 
 def test_a_sink_that_is_counted_at_every_hop_is_found(monkeypatch):
-    def out(mesh):
-        s = SEQ_LEN // mesh.ring.size
-        whole = [LAYOUTS["zigzag"].shard(x, mesh.ring.rank, mesh.ring.size) for x in inputs()[:3]]
-        meta = SequenceMeta.of(SEQ_LEN, layout=LAYOUTS["zigzag"], ring_rank=mesh.ring.rank, ring_world=mesh.ring.size)
-        assert meta.local_len == s
-        return functional.ring_attention(*whole, meta=meta, mesh=mesh, kernel="reference", sinks=zero)
-
     zero = torch.zeros(4, dtype=torch.float64)
-    right = run_virtual_ring(out, world=3)
-    _count_at_every_hop(monkeypatch)
-    twin = run_virtual_ring(out, world=3)
-    assert max(float((a - b).abs().max()) for a, b in zip(right, twin, strict=True)) > 1e-3
+
+    def out(mesh, logits):
+        rank, world, layout = mesh.ring.rank, mesh.ring.size, LAYOUTS["zigzag"]
+        shards = (layout.shard(x, rank, world) for x in inputs()[:3])
+        meta = SequenceMeta.of(SEQ_LEN, layout=layout, ring_rank=rank, ring_world=world)
+        return functional.ring_attention(*shards, meta=meta, mesh=mesh, kernel="reference", sinks=logits)
+
+    for world, is_found in ((1, False), (3, True)):
+        right = run_virtual_ring(out, zero, world=world)
+        with monkeypatch.context() as patch:
+            patch.setattr(ring, "select_kernel", lambda *_: CountsTheSinkAtEveryHop())
+            twin = run_virtual_ring(out, None, world=world)
+        assert (max(float((a - b).abs().max()) for a, b in zip(right, twin, strict=True)) > 1e-3) == is_found
 
 
 @pytest.mark.parametrize("option", OPTIONS)
