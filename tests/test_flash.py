@@ -51,7 +51,7 @@ def dense(q, k, v, seen, scale=None, softcap=0.0):
     some = seen.any(-1)
     p = torch.where(seen, s, torch.where(some[:, None], -math.inf, 0.0)).softmax(-1) * seen
     lse = torch.where(seen, s, -math.inf).masked_fill(~some[:, None], 0.0).logsumexp(-1).masked_fill(~some, -math.inf)
-    return torch.einsum("bhij,bjhd->bihd", p, v), lse
+    return torch.einsum("bhij,bjhd->bihd", p.to(v.dtype), v), lse
 
 
 def agree(got, want, tensors, bound=BOUND):
