@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from longctx.errors import ShapeError
 from longctx.functional import attention, context_parallel_attention
+from longctx.kernels import check_softcap
 from longctx.layout import SequenceMeta
 from longctx.parallel.mesh import ParallelMesh
 
@@ -20,21 +21,35 @@ class ParallelAttention(nn.Module):
         mesh: whose processes share the sequences. None: this process holds them whole.
         kernel: "auto", or a name from `longctx.kernels.kernel_names`.
         scale: multiplies q @ k^T. None: 1 / sqrt(head dim).
+        softcap: bends the scores s to softcap * tanh(s / softcap), as in Gemma 2; 0 leaves them.
+
+    Raises:
+        KernelError: softcap is negative.
     """
 
-    def __init__(self, mesh: ParallelMesh | None = None, *, kernel: str = "auto", scale: float | None = None) -> None:
+    def __init__(
+        self,
+        mesh: ParallelMesh | None = None,
+        *,
+        kernel: str = "auto",
+        scale: float | None = None,
+        softcap: float = 0.0,
+    ) -> None:
         super().__init__()
         self.mesh = mesh
         self.kernel = kernel
         self.scale = scale
+        self.softcap = check_softcap(softcap)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, meta: SequenceMeta) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, meta: SequenceMeta, *, sinks: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
             q: "b s h d", this rank's shard, in the order of `meta.positions`.
             k, v: "b s hk d", likewise.
             meta: where the shard stands in the sequence, and who sees whom.
+            sinks: [h], a learned logit for each head that joins every row's softmax, as in gpt-oss; the same on every rank
+                of the ring. Its gradient is of the local rows.
 
         Returns:
             "b s h d" in q's dtype.
@@ -49,10 +64,23 @@ class ParallelAttention(nn.Module):
                 )
             if meta.seq_len != q.shape[1]:
                 raise ShapeError(f"meta describes {meta.seq_len:_} positions, but q has {q.shape[1]:_}")
-            return attention(q, k, v, mask=meta.mask, scale=self.scale, kernel=self.kernel)
-        return context_parallel_attention(q, k, v, meta=meta, mesh=self.mesh, scale=self.scale, kernel=self.kernel)
+            return attention(
+                q, k, v, mask=meta.mask, scale=self.scale, softcap=self.softcap, sinks=sinks, kernel=self.kernel
+            )
+        return context_parallel_attention(
+            q,
+            k,
+            v,
+            meta=meta,
+            mesh=self.mesh,
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=sinks,
+            kernel=self.kernel,
+        )
 
     def extra_repr(self) -> str:
         ring, ulysses = (1, 1) if self.mesh is None else (self.mesh.ring.size, self.mesh.ulysses.size)
-        degrees = f"ring={ring}" + (f", ulysses={ulysses}" if ulysses > 1 else "")
-        return f"{degrees}, kernel={self.kernel!r}" + (f", scale={self.scale}" if self.scale is not None else "")
+        said = [f"ring={ring}"] + [f"ulysses={ulysses}"] * (ulysses > 1) + [f"kernel={self.kernel!r}"]
+        said += [f"scale={self.scale}"] * (self.scale is not None) + [f"softcap={self.softcap:g}"] * bool(self.softcap)
+        return ", ".join(said)

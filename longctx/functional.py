@@ -9,7 +9,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from longctx.errors import ShapeError, format_problems
-from longctx.kernels import check_block
+from longctx.flash import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+)
+from longctx.kernels import check_block, check_softcap
+from longctx.kernels.sinks import check_sinks
 from longctx.layout import SequenceLayout, SequenceMeta, get_layout
 from longctx.masks import AttentionMask, Causal
 from longctx.parallel.loss import linear_cross_entropy
@@ -19,7 +26,17 @@ from longctx.parallel.ring import RING_ATTENTION_OP
 from longctx.parallel.schedule import RingSchedule
 from longctx.parallel.ulysses import lse_to_sequence, to_heads, to_sequence
 
-__all__ = ["attention", "context_parallel_attention", "linear_cross_entropy", "ring_attention", "ulysses_attention"]
+__all__ = [
+    "attention",
+    "context_parallel_attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "linear_cross_entropy",
+    "ring_attention",
+    "ulysses_attention",
+]
 
 _CAUSAL = Causal()
 # Of one process there is one layout: all positions in order.
@@ -37,6 +54,8 @@ def attention(
     *,
     mask: AttentionMask = ...,
     scale: float | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
     kernel: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -50,6 +69,8 @@ def attention(
     *,
     mask: AttentionMask = ...,
     scale: float | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
     kernel: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -63,30 +84,35 @@ def attention(
     *,
     mask: AttentionMask = _CAUSAL,
     scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     kernel: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over whole sequences on one device. Differentiable in q, k, v, through out and lse.
+    """Attention over whole sequences on one device. Differentiable in q, k, v and sinks, through out and lse.
 
     Args:
         q: "b s h d".
         k, v: "b s hk d" with hk dividing h; query head i uses key head i // (h / hk).
         mask: who sees whom; a mask for several sequences needs as many in the batch.
         scale: multiplies q @ k^T. None: 1 / sqrt(d).
+        softcap: bends the scores s to softcap * tanh(s / softcap); 0 leaves them. GPU kernels are compiled for its value.
+        sinks: [h], floating, a logit for each head that joins the softmax of every row and has no value. None: no sinks.
         kernel: "auto", or a name from `longctx.kernels.kernel_names`.
-        return_lse: also return lse. Two calls over different keys merge by it.
+        return_lse: also return lse, with the sinks in it. Two calls over different keys merge by it, if one has the sinks.
 
     Returns:
         out: "b s h d" in q's dtype; 0 in rows that see nothing. With `return_lse` also lse: "b h s" fp32, natural log;
-        -inf in rows that see nothing.
+        -inf in rows that see nothing (the sink, if there is one).
 
     Raises:
         ShapeError: shapes, dtypes or devices do not agree, with each other or with the mask; an empty batch or sequence.
-        KernelError: the kernel is unknown, or cannot do this.
+        KernelError: the kernel is unknown, or cannot do this; softcap is negative.
 
-    Source: Dao 2023 (arXiv 2307.08691).
+    Source: Dao 2023 (arXiv 2307.08691); softcap: Gemma Team 2024 (arXiv 2408.00118), section 2.
     """
-    return _attend(q, k, v, mask, _WHOLE, 0, 1, q.shape[1] if q.ndim > 1 else 0, scale, kernel, return_lse, exchange="")
+    seq_len = q.shape[1] if q.ndim > 1 else 0
+    return _attend(q, k, v, mask, _WHOLE, 0, 1, seq_len, scale, softcap, sinks, kernel, return_lse, exchange="")
 
 
 @overload
@@ -98,6 +124,8 @@ def ring_attention(
     meta: SequenceMeta,
     mesh: ParallelMesh,
     scale: float | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
     kernel: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -112,6 +140,8 @@ def ring_attention(
     meta: SequenceMeta,
     mesh: ParallelMesh,
     scale: float | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
     kernel: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -126,6 +156,8 @@ def ring_attention(
     meta: SequenceMeta,
     mesh: ParallelMesh,
     scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     kernel: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -140,7 +172,9 @@ def ring_attention(
         k, v: "b s hk d", likewise.
         meta: where the shard stands in the sequence, and who sees whom; of a whole ring shard, not one cut for Ulysses.
         mesh: holds the ring; must live until the backward pass is done.
-        scale, kernel, return_lse: as in `attention`.
+        scale, softcap, kernel, return_lse: as in `attention`.
+        sinks: likewise, the same on every rank. Its gradient is of the local rows, to be summed over the ring like that of
+            any parameter.
 
     Returns:
         As `attention`, for the local rows. A ring of one is the same as `attention`.
@@ -158,7 +192,7 @@ def ring_attention(
             f"{mesh.prefix} meta is of a part of a ring shard, cut over {meta.ulysses_world} Ulysses ranks\n"
             "       use context_parallel_attention, which puts the ring shard together first"
         )
-    return _over_ring(q, k, v, meta, mesh, scale, kernel, return_lse)
+    return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, return_lse)
 
 
 def _check_ring(meta: SequenceMeta, mesh: ParallelMesh) -> None:
@@ -177,6 +211,8 @@ def _over_ring(
     meta: SequenceMeta,
     mesh: ParallelMesh,
     scale: float | None,
+    softcap: float,
+    sinks: Tensor | None,
     kernel: str,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -191,6 +227,8 @@ def _over_ring(
         meta.ring_world,
         meta.seq_len,
         scale,
+        softcap,
+        sinks,
         kernel,
         return_lse,
         exchange=mesh.exchange.handle,
@@ -206,6 +244,8 @@ def ulysses_attention(
     meta: SequenceMeta,
     mesh: ParallelMesh,
     scale: float | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
     kernel: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -220,6 +260,8 @@ def ulysses_attention(
     meta: SequenceMeta,
     mesh: ParallelMesh,
     scale: float | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
     kernel: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -234,6 +276,8 @@ def ulysses_attention(
     meta: SequenceMeta,
     mesh: ParallelMesh,
     scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     kernel: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -251,7 +295,9 @@ def ulysses_attention(
             repeated for the exchange, and their gradients summed.
         meta: where the shard stands in the sequence, and who sees whom.
         mesh: must live until the backward pass is done.
-        scale, kernel, return_lse: as in `attention`.
+        scale, softcap, kernel, return_lse: as in `attention`.
+        sinks: likewise, of all heads and the same on every rank. Its gradient is this rank's part, to be summed over both axes
+            like that of any parameter.
 
     Returns:
         As `attention`, for the local rows.
@@ -276,8 +322,12 @@ def ulysses_attention(
     _check_local(axes, meta.mask, meta.ring_world * world, meta.seq_len)
     if problems := ulysses_problems(axes["h"], axes["hk"], ulysses=world, ring=meta.ring_world):
         raise ShapeError(format_problems(f"the heads of q {list(q.shape)} and k {list(k.shape)}", problems))
+    if sinks is not None:
+        check_sinks(sinks, q)
+        # Rank j attends with the j-th share of the heads.
+        sinks = sinks.unflatten(0, (world, -1))[mesh.ulysses.rank]
     q, k, v = to_heads(q, k, v, world=world, exchange=exchange)
-    result = _over_ring(q, k, v, meta, mesh, scale, kernel, return_lse)
+    result = _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, return_lse)
     out, lse = result if isinstance(result, tuple) else (result, None)
     out = to_sequence(out, world=world, exchange=exchange)
     return out if lse is None else (out, lse_to_sequence(lse, world=world, exchange=exchange))
@@ -292,6 +342,8 @@ def context_parallel_attention(
     meta: SequenceMeta,
     mesh: ParallelMesh,
     scale: float | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
     kernel: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -306,6 +358,8 @@ def context_parallel_attention(
     meta: SequenceMeta,
     mesh: ParallelMesh,
     scale: float | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
     kernel: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -319,6 +373,8 @@ def context_parallel_attention(
     meta: SequenceMeta,
     mesh: ParallelMesh,
     scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     kernel: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -326,7 +382,9 @@ def context_parallel_attention(
     `ring_attention`. Arguments, results and errors are theirs.
     """
     attend = ulysses_attention if max(mesh.ulysses.size, meta.ulysses_world) > 1 else ring_attention
-    return attend(q, k, v, meta=meta, mesh=mesh, scale=scale, kernel=kernel, return_lse=return_lse)  # type: ignore[call-overload]
+    return attend(  # type: ignore[call-overload]
+        q, k, v, meta=meta, mesh=mesh, scale=scale, softcap=softcap, sinks=sinks, kernel=kernel, return_lse=return_lse
+    )
 
 
 def _attend(
@@ -339,6 +397,8 @@ def _attend(
     world: int,
     seq_len: int,
     scale: float | None,
+    softcap: float,
+    sinks: Tensor | None,
     kernel: str,
     return_lse: bool,
     *,
@@ -346,9 +406,12 @@ def _attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     axes = check_block(q, k, v)
     _check_local(axes, mask, world, seq_len)
+    softcap = check_softcap(softcap)
+    if sinks is not None:
+        check_sinks(sinks, q)
     hops, rows = _packed_hops(mask, layout, rank, world, seq_len)
     scale = 1 / math.sqrt(axes["d"]) if scale is None else float(scale)
-    out, lse, _ = RING_ATTENTION_OP(q, k, v, hops, rows, kernel, scale, exchange)
+    out, lse, _ = RING_ATTENTION_OP(q, k, v, hops, rows, kernel, scale, exchange, softcap, sinks)
     return (out, lse) if return_lse else out
 
 

@@ -100,6 +100,23 @@ class TestSelection:
         assert "torch.float32 with head dim 16 on cpu" in str(error.value)
         assert f"cudnn: {reason}" in str(error.value)
 
+    def test_a_softcap_is_part_of_the_choice(self, monkeypatch, caplog):
+        caplog.set_level(logging.INFO, logger="longctx.kernels")
+        # A GPU's cuDNN, as far as the choice can see.
+        monkeypatch.setattr(
+            type(get_kernel("cudnn")), "supports", lambda self, *, softcap=0.0, **_: "no softcap" if softcap else None
+        )
+        assert select_kernel("auto", self.Q, KeyRange.full()).name == "cudnn"
+        assert select_kernel("auto", self.Q, KeyRange.full(), 30.0).name != "cudnn"
+        assert "full, softcap 30: " in caplog.records[-1].getMessage()
+        assert "cudnn: no softcap" in caplog.records[-1].getMessage()
+        with pytest.raises(KernelError, match="softcap 30\n  cudnn: no softcap"):
+            select_kernel("cudnn", self.Q, KeyRange.full(), 30.0)
+
+    def test_cudnn_called_with_a_softcap_refuses(self):
+        with pytest.raises(KernelError, match="kernel 'cudnn' has none"):
+            get_kernel("cudnn").forward(self.Q, self.Q, self.Q, KeyRange.full(), scale=1.0, softcap=30.0)
+
     def test_auto_takes_the_first_that_supports_the_block(self):
         for key_range in (KeyRange.full(), KeyRange.causal()):
             kind = kernels.block_kind(key_range)

@@ -23,7 +23,7 @@ LAYERS = (
     ("L1", ("kernels",)),
     ("L2 pure", ("parallel.plan", "parallel.schedule")),
     ("L2", ("parallel.mesh", "parallel.exchange", "parallel.ring", "parallel.ulysses", "parallel.loss")),
-    ("L3", ("functional",)),
+    ("L3", ("flash", "functional")),
     ("L4", ("attention", "rope", "model")),
     ("L5 text and numbers", ("settings", "corpus", "tokenizer", "tokens", "data", "metrics", "results", "tables")),
     ("L5 DeepSpeed", ("optim", "deepspeed_setup", "engine", "checkpoint_files", "checkpoint_folder", "checkpoint")),
@@ -41,7 +41,7 @@ FORBIDDEN = (
     (("kernels",), ("torch.distributed", "deepspeed"), "a kernel knows of no other process"),
     (("parallel.plan", "parallel.schedule"), ("torch.distributed", "deepspeed"), "plans are decided without a GPU"),
     (
-        ("parallel", "functional", "attention", "rope", "model"),
+        ("parallel", "flash", "functional", "attention", "rope", "model"),
         ("deepspeed", "wandb"),
         "the library works without the trainer",
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -49,12 +50,15 @@ class BlockAttention(Protocol):
     """Attention of one block of queries to one block of keys, forward and backward.
 
     Shapes: q, dout "b sq h d"; k, v "b sk hk d" with hk dividing h (query head i uses key head i // (h / hk)); any strides
-    with a unit last one. `scale` multiplies q @ k^T. K/V are never expanded.
+    with a unit last one. `scale` multiplies q @ k^T. K/V are never expanded. `softcap` > 0 bends the scores s = scale * q k^T
+    to softcap * tanh(s / softcap), which keeps them below it; 0 leaves them.
     """
 
     name: str
 
-    def supports(self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str) -> str | None:
+    def supports(
+        self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str, softcap: float = 0.0
+    ) -> str | None:
         """None if this kernel can do such a block, else the reason why not, as a sentence for a log.
 
         `kind` is what `block_kind` says of the key range.
@@ -68,6 +72,7 @@ class BlockAttention(Protocol):
         key_range: KeyRange,
         *,
         scale: float,
+        softcap: float = 0.0,
         state: SoftmaxState | None = None,
     ) -> SoftmaxState:
         """Attend to one more block of keys.
@@ -89,6 +94,7 @@ class BlockAttention(Protocol):
         key_range: KeyRange,
         *,
         scale: float,
+        softcap: float = 0.0,
         out: torch.Tensor,
         dq_acc: torch.Tensor,
         dk_acc: torch.Tensor,
@@ -132,13 +138,13 @@ def get_kernel(name: str) -> BlockAttention:
     return getattr(importlib.import_module(module), cls)()
 
 
-def select_kernel(name: str, q: torch.Tensor, key_range: KeyRange) -> BlockAttention:
+def select_kernel(name: str, q: torch.Tensor, key_range: KeyRange, softcap: float = 0.0) -> BlockAttention:
     """The kernel for one block: the one named, or with "auto" the first that supports the block. The choice is logged once.
 
     Raises:
         KernelError: the named kernel does not support the block (with its reason), or none does.
     """
-    return _select(name, q.device, q.dtype, q.shape[-1], block_kind(key_range))
+    return _select(name, q.device, q.dtype, q.shape[-1], block_kind(key_range), softcap)
 
 
 def block_kind(key_range: KeyRange) -> str:
@@ -154,22 +160,43 @@ def block_kind(key_range: KeyRange) -> str:
 
 
 @cache
-def _select(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str) -> BlockAttention:
+def _select(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str, softcap: float
+) -> BlockAttention:
+    capped = f", softcap {softcap:g}" if softcap else ""
     refused: list[str] = []
     for candidate in _KERNELS if name == "auto" else (name,):
         kernel = get_kernel(candidate)
-        reason = kernel.supports(device=device, dtype=dtype, head_dim=head_dim, kind=kind)
+        reason = kernel.supports(device=device, dtype=dtype, head_dim=head_dim, kind=kind, softcap=softcap)
         if reason is None:
             why = f" ({'; '.join(refused)})" if refused else ""
             log.info(
-                "attention kernel for %s %s head dim %d, %s: %s%s", device.type, dtype, head_dim, kind, candidate, why
+                "attention kernel for %s %s head dim %d, %s%s: %s%s",
+                device.type,
+                dtype,
+                head_dim,
+                kind,
+                capped,
+                candidate,
+                why,
             )
             return kernel
         refused.append(f"{candidate}: {reason}")
     raise KernelError(
-        f"no attention kernel for {dtype} with head dim {head_dim} on {device.type}, key range {kind!r}\n  "
+        f"no attention kernel for {dtype} with head dim {head_dim} on {device.type}, key range {kind!r}{capped}\n  "
         + "\n  ".join(refused)
     )
+
+
+def check_softcap(softcap: float) -> float:
+    """`softcap` as a float.
+
+    Raises:
+        KernelError: it is not a number from 0 (no cap) up.
+    """
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise KernelError(f"softcap is {softcap}, but it must be above 0, or 0 for none")
+    return float(softcap)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

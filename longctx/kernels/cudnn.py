@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from longctx.errors import KernelError
 from longctx.kernels import SoftmaxState, check_block, get_kernel
 from longctx.kernels.merge import merge_block
 from longctx.masks import KeyRange
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 _KINDS = ("empty", "full", "causal", "rectangle")
 # Head dims above 128 were measured with this version (9.19); older ones are not known to have a backward for them.
 _LARGE_HEADS_VERSION = 91900
+_NO_SOFTCAP = "torch's interface to it has no softcap"
 
 
 class CudnnAttention:
@@ -33,7 +35,9 @@ class CudnnAttention:
 
     name = "cudnn"
 
-    def supports(self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str) -> str | None:
+    def supports(
+        self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str, softcap: float = 0.0
+    ) -> str | None:
         if device.type != "cuda" or torch.version.hip is not None:
             return "needs an NVIDIA GPU"
         if dtype not in (torch.float16, torch.bfloat16):
@@ -50,7 +54,7 @@ class CudnnAttention:
                 )
         if kind not in _KINDS:
             return f"it knows blocks that are {', '.join(_KINDS)}, not {kind!r}"
-        return None
+        return _NO_SOFTCAP if softcap else None
 
     def forward(
         self,
@@ -60,9 +64,11 @@ class CudnnAttention:
         key_range: KeyRange,
         *,
         scale: float,
+        softcap: float = 0.0,
         state: SoftmaxState | None = None,
     ) -> SoftmaxState:
         check_block(q, k, v)
+        _refuse_softcap(softcap)
         for rows, keys, is_causal in _parts(key_range, q, k):
             part = q[:, rows], k[:, keys], v[:, keys]
             if _too_short(*part[:2]):
@@ -90,12 +96,14 @@ class CudnnAttention:
         key_range: KeyRange,
         *,
         scale: float,
+        softcap: float = 0.0,
         out: torch.Tensor,
         dq_acc: torch.Tensor,
         dk_acc: torch.Tensor,
         dv_acc: torch.Tensor,
     ) -> None:
         check_block(q, k, v, dout=dout, out=out)
+        _refuse_softcap(softcap)
         for rows, keys, is_causal in _parts(key_range, q, k):
             part = dout[:, rows], q[:, rows], k[:, keys], v[:, keys]
             into = dq_acc[:, rows], dk_acc[:, keys], dv_acc[:, keys]
@@ -109,6 +117,11 @@ class CudnnAttention:
             # One pass each, without an fp32 copy of the gradient.
             for acc, grad in zip(into, _backward(*part, out[:, rows], lse[:, :, rows], is_causal, scale), strict=True):
                 acc.add_(grad)
+
+
+def _refuse_softcap(softcap: float) -> None:
+    if softcap:
+        raise KernelError(f"softcap is {softcap}, but kernel 'cudnn' has none ({_NO_SOFTCAP}); use kernel 'auto'")
 
 
 def _parts(key_range: KeyRange, q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, bool]]:

@@ -16,7 +16,9 @@ class ReferenceAttention:
 
     name = "reference"
 
-    def supports(self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str) -> str | None:
+    def supports(
+        self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str, softcap: float = 0.0
+    ) -> str | None:
         return None if dtype.is_floating_point else f"{dtype} is not a floating type"
 
     def forward(
@@ -27,12 +29,14 @@ class ReferenceAttention:
         key_range: KeyRange,
         *,
         scale: float,
+        softcap: float = 0.0,
         state: SoftmaxState | None = None,
     ) -> SoftmaxState:
         check_block(q, k, v)
         state = SoftmaxState.empty_like(q) if state is None else state
         for rows, keys, visible in _steps(q, k, key_range):
-            s = _scores(q[:, rows], k[:, keys], scale).masked_fill(~visible, float("-inf"))
+            s, _ = _scores(q[:, rows], k[:, keys], scale, softcap)
+            s = s.masked_fill(~visible, float("-inf"))
             old = state.lse[:, :, rows]
             new = torch.logaddexp(old, s.logsumexp(-1))
             # exp(-inf - -inf) is nan; a row that has seen nothing has weights 0.
@@ -55,6 +59,7 @@ class ReferenceAttention:
         key_range: KeyRange,
         *,
         scale: float,
+        softcap: float = 0.0,
         out: torch.Tensor,
         dq_acc: torch.Tensor,
         dk_acc: torch.Tensor,
@@ -65,12 +70,15 @@ class ReferenceAttention:
         # exp(s - inf) = 0: a row that saw nothing contributes nothing.
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
         for rows, keys, visible in _steps(q, k, key_range):
-            s = _scores(q[:, rows], k[:, keys], scale).masked_fill(~visible, float("-inf"))
+            s, slope = _scores(q[:, rows], k[:, keys], scale, softcap)
+            s = s.masked_fill(~visible, float("-inf"))
             p = torch.exp(s - lse[:, :, rows, None])
             do = dout[:, rows].to(p.dtype).unflatten(2, (hk, -1))
             dp = torch.einsum("bikgd,bjkd->bkgij", do, v[:, keys].to(p.dtype))
             p = _ungroup(p, hk)
             ds = p * (dp - _ungroup(delta[:, :, rows, None], hk)) * scale
+            if slope is not None:
+                ds *= _ungroup(slope, hk)
             dv_acc[:, keys] += torch.einsum("bkgij,bikgd->bjkd", p, do)
             dq_acc[:, rows] += torch.einsum("bkgij,bjkd->bikgd", ds, k[:, keys].to(ds.dtype)).flatten(2, 3)
             dk_acc[:, keys] += torch.einsum("bkgij,bikgd->bjkd", ds, q[:, rows].to(ds.dtype).unflatten(2, (hk, -1)))
@@ -93,11 +101,15 @@ def _steps(q: torch.Tensor, k: torch.Tensor, key_range: KeyRange):
         yield rows, keys, visible[:, None].to(q.device)
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * q @ k^T in the state's dtype: "b h i j"."""
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The scores in the state's dtype, "b h i j", and their derivative by scale * q @ k^T; None where that is 1."""
     dtype = state_dtype(q.dtype)
     grouped = q.to(dtype).unflatten(2, (k.shape[2], -1))
-    return torch.einsum("bikgd,bjkd->bkgij", grouped * scale, k.to(dtype)).flatten(1, 2)
+    s = torch.einsum("bikgd,bjkd->bkgij", grouped * scale, k.to(dtype)).flatten(1, 2)
+    if not softcap:
+        return s, None
+    t = torch.tanh(s / softcap)
+    return softcap * t, 1 - t * t
 
 
 def _ungroup(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:

@@ -53,6 +53,26 @@ def load_tile(
 
 
 @triton.jit
+def tanh_of_scores(s, qk_scale, SOFTCAP: tl.constexpr, PRECISE: tl.constexpr):
+    """tanh(scale * s / SOFTCAP), with qk_scale = scale * log2(e); SOFTCAP * log2(e) times it is the capped score in base 2.
+
+    From exp2, since the interpreter has no tanh. For small arguments that is exact to an ulp of 1, not of the result: far
+    below the rounding of 16-bit inputs, but not of fp32. PRECISE takes a polynomial there.
+
+    Source: Moshier, Cephes, tanhf.c (the polynomial and where it ends).
+    """
+    x = s * (qk_scale * (0.6931471805599453 / SOFTCAP))
+    e = tl.math.exp2(tl.abs(x) * -2.8853900817779268)
+    t = (1.0 - e) / (1.0 + e)
+    t = tl.where(x < 0.0, -t, t)
+    if PRECISE:
+        z = x * x
+        y = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+        t = tl.where(tl.abs(x) < 0.625, ((y * z - 3.33332819422e-1) * z) * x + x, t)
+    return t
+
+
+@triton.jit
 def row_intervals(LO, HI, stride_lo, batch, m0, sq, sk, KIND: tl.constexpr, BLOCK_M: tl.constexpr):
     """Visible keys of the rows [m0, m0 + BLOCK_M): per row `row_lo`, `row_hi`; of the block, `first`, `end` (any row sees
     them) and `full_lo`, `full_hi` (all rows do). Both ends never decrease, so the first and the last row bound the block.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from longctx.errors import KernelError
-from longctx.kernels import SoftmaxState, check_block
+from longctx.kernels import SoftmaxState, check_block, check_softcap
 from longctx.kernels.tiles import INTERPRETING, can_describe, padded
 from longctx.kernels.triton_backward import launch_dkdv, launch_dq, prepare_rows
 from longctx.kernels.triton_forward import launch_forward
@@ -32,7 +32,9 @@ class TritonAttention:
     tiles: Tiles | None = None
     name: str = "triton"
 
-    def supports(self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str) -> str | None:
+    def supports(
+        self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str, softcap: float = 0.0
+    ) -> str | None:
         if device.type == "cpu" and not INTERPRETING:
             return "on a CPU it runs only in Triton's interpreter: set TRITON_INTERPRET=1 before starting Python"
         if device.type not in ("cuda", "cpu"):
@@ -55,10 +57,12 @@ class TritonAttention:
         key_range: KeyRange,
         *,
         scale: float,
+        softcap: float = 0.0,
         state: SoftmaxState | None = None,
     ) -> SoftmaxState:
         check_block(q, k, v)
         _check_scale(scale)
+        check_softcap(softcap)
         if _nothing_to_do(q, k, key_range):
             return SoftmaxState.empty_like(q) if state is None else state
         if piece := key_range.rectangle:
@@ -66,12 +70,13 @@ class TritonAttention:
             rows, keys = slice(*piece[:2]), slice(*piece[2:])
             state = SoftmaxState.empty_like(q) if state is None else state
             part = SoftmaxState(state.out[:, rows], state.lse[:, :, rows])
-            self.forward(q[:, rows], k[:, keys], v[:, keys], KeyRange.full(), scale=scale, state=part)
+            block = q[:, rows], k[:, keys], v[:, keys]
+            self.forward(*block, KeyRange.full(), scale=scale, softcap=softcap, state=part)
             return state
         tiles = self._tiles(q)
         with _on(q):
             return launch_forward(
-                q, k, v, key_range, scale=scale, state=state,
+                q, k, v, key_range, scale=scale, softcap=softcap, state=state,
                 tile=tiles.forward, use_descriptor=tiles.forward.use_descriptor and can_describe(q, k, v),
             )  # fmt: skip
 
@@ -86,6 +91,7 @@ class TritonAttention:
         key_range: KeyRange,
         *,
         scale: float,
+        softcap: float = 0.0,
         out: torch.Tensor,
         dq_acc: torch.Tensor,
         dk_acc: torch.Tensor,
@@ -93,6 +99,7 @@ class TritonAttention:
     ) -> None:
         check_block(q, k, v, dout=dout)
         _check_scale(scale)
+        check_softcap(softcap)
         if _nothing_to_do(q, k, key_range):
             return
         if piece := key_range.rectangle:
@@ -100,31 +107,37 @@ class TritonAttention:
             rows, keys = slice(*piece[:2]), slice(*piece[2:])
             self.backward(
                 dout[:, rows], q[:, rows], k[:, keys], v[:, keys], lse[:, :, rows], delta[:, :, rows], KeyRange.full(),
-                scale=scale, out=out[:, rows], dq_acc=dq_acc[:, rows], dk_acc=dk_acc[:, keys], dv_acc=dv_acc[:, keys],
+                scale=scale, softcap=softcap, out=out[:, rows],
+                dq_acc=dq_acc[:, rows], dk_acc=dk_acc[:, keys], dv_acc=dv_acc[:, keys],
             )  # fmt: skip
             return
         with _on(q):
             lse2, delta2 = prepare_rows(lse, delta)
         block = (dout, q, k, v, lse2, delta2, key_range)
-        self.add_dkdv(*block, scale=scale, dk_acc=dk_acc, dv_acc=dv_acc)
-        self.add_dq(*block, scale=scale, dq_acc=dq_acc)
+        self.add_dkdv(*block, scale=scale, softcap=softcap, dk_acc=dk_acc, dv_acc=dv_acc)
+        self.add_dq(*block, scale=scale, softcap=softcap, dq_acc=dq_acc)
 
-    def add_dq(self, dout, q, k, v, lse2, delta2, key_range, *, scale: float, dq_acc: torch.Tensor) -> None:
+    def add_dq(
+        self, dout, q, k, v, lse2, delta2, key_range, *, scale: float, softcap: float = 0.0, dq_acc: torch.Tensor
+    ) -> None:
         """The half of `backward` that adds dq, for a block that is not empty; lse2 and delta2 are `prepare_rows`'."""
         tile = self._tiles(q).dq
         describe = tile.use_descriptor and can_describe(q, k, v, dout)
         with _on(q):
             launch_dq(
-                dout, q, k, v, lse2, delta2, key_range, scale=scale, dq_acc=dq_acc, tile=tile, use_descriptor=describe
-            )
+                dout, q, k, v, lse2, delta2, key_range, scale=scale, softcap=softcap, dq_acc=dq_acc,
+                tile=tile, use_descriptor=describe,
+            )  # fmt: skip
 
-    def add_dkdv(self, dout, q, k, v, lse2, delta2, key_range, *, scale: float, dk_acc, dv_acc) -> None:
+    def add_dkdv(
+        self, dout, q, k, v, lse2, delta2, key_range, *, scale: float, softcap: float = 0.0, dk_acc, dv_acc
+    ) -> None:
         """The half of `backward` that adds dk and dv; likewise."""
         tile = self._tiles(q).dkdv
         describe = tile.use_descriptor and can_describe(q, k, v, dout)
         with _on(q):
             launch_dkdv(
-                dout, q, k, v, lse2, delta2, key_range, scale=scale, dk_acc=dk_acc, dv_acc=dv_acc,
+                dout, q, k, v, lse2, delta2, key_range, scale=scale, softcap=softcap, dk_acc=dk_acc, dv_acc=dv_acc,
                 tile=tile, use_descriptor=describe,
             )  # fmt: skip
 

@@ -26,6 +26,7 @@ from longctx.kernels.tiles import (
     row_interval_args,
     row_intervals,
     stride_args,
+    tanh_of_scores,
 )
 from longctx.kernels.tuning import Tile
 from longctx.masks import KeyRange
@@ -79,7 +80,7 @@ def _walk_keys(
     dq, q, do, lse, delta, K, V, batch, kv_head, start, end, sk, row_lo, row_hi, qk_scale,
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_LO: tl.constexpr,
-    CHECK_N: tl.constexpr, USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr,
+    CHECK_N: tl.constexpr, USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of rows over the key tiles of [start, end)."""
     for n in tl.range(start, end, BLOCK_N):
@@ -88,7 +89,12 @@ def _walk_keys(
             BLOCK_N, D, D_PAD, USE_DESCRIPTOR, CHECK_N, UPCAST,
         )  # fmt: skip
         s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        p = tl.math.exp2(s * qk_scale - lse[:, None])
+        if SOFTCAP > 0.0:
+            s = tanh_of_scores(s, qk_scale, SOFTCAP, k.dtype == tl.float32)
+            unit = SOFTCAP * 1.4426950408889634
+        else:
+            unit = qk_scale
+        p = tl.math.exp2(s * unit - lse[:, None])
         if MASKED:
             # An unseen score may lie far above lse: p may be inf there, and is dropped before it meets anything.
             col = n + tl.arange(0, BLOCK_N)
@@ -101,8 +107,10 @@ def _walk_keys(
             BLOCK_N, D, D_PAD, USE_DESCRIPTOR, CHECK_N, UPCAST,
         )  # fmt: skip
         dp = tl.dot(do, v.T, input_precision="ieee")
-        ds = (p * (dp - delta[:, None])).to(k.dtype)
-        dq = tl.dot(ds, k, dq, input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        if SOFTCAP > 0.0:
+            ds *= 1.0 - s * s
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
 
@@ -113,7 +121,7 @@ def _backward_dq_kernel(
     stride_gb, stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KIND: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, EVEN_N: tl.constexpr,
-    USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr,
+    USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     num_m = tl.cdiv(sq, BLOCK_M)
@@ -144,18 +152,18 @@ def _backward_dq_kernel(
         dq = _walk_keys(
             dq, q, do, lse, delta, K, V, batch, kv_head, start, a, sk, row_lo, row_hi, qk_scale,
             stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-            D, D_PAD, BLOCK_N, True, True, False, USE_DESCRIPTOR, UPCAST,
+            D, D_PAD, BLOCK_N, True, True, False, USE_DESCRIPTOR, UPCAST, SOFTCAP,
         )  # fmt: skip
     dq = _walk_keys(
         dq, q, do, lse, delta, K, V, batch, kv_head, a, b, sk, row_lo, row_hi, qk_scale,
         stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-        D, D_PAD, BLOCK_N, False, HAS_LO, False, USE_DESCRIPTOR, UPCAST,
+        D, D_PAD, BLOCK_N, False, HAS_LO, False, USE_DESCRIPTOR, UPCAST, SOFTCAP,
     )  # fmt: skip
     if KIND != "full" or not EVEN_N:
         dq = _walk_keys(
             dq, q, do, lse, delta, K, V, batch, kv_head, b, end, sk, row_lo, row_hi, qk_scale,
             stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-            D, D_PAD, BLOCK_N, True, HAS_LO, not EVEN_N, USE_DESCRIPTOR, UPCAST,
+            D, D_PAD, BLOCK_N, True, HAS_LO, not EVEN_N, USE_DESCRIPTOR, UPCAST, SOFTCAP,
         )  # fmt: skip
     dq_base = DQ + batch.to(tl.int64) * stride_dqb + head.to(tl.int64) * stride_dqh
     _add_to(dq_base, row, sq, stride_dqs, dq * scale, D, D_PAD)
@@ -166,7 +174,7 @@ def _walk_rows(
     dk, dv, k, v, Q, DO, LSE2, DELTA2, rows_base, batch, head, start, end, sq, col_lo, col_hi, qk_scale,
     stride_qb, stride_qs, stride_qh, stride_gb, stride_gs, stride_gh,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, HAS_HI: tl.constexpr,
-    CHECK_M: tl.constexpr, USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr,
+    CHECK_M: tl.constexpr, USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys over the tiles of query rows of [start, end), of one query head."""
     for m in tl.range(start, end, BLOCK_M):
@@ -176,7 +184,12 @@ def _walk_rows(
         )  # fmt: skip
         st = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         lse = _load_rows(LSE2, rows_base + m, BLOCK_M, USE_DESCRIPTOR)
-        pt = tl.math.exp2(st * qk_scale - lse[None, :])
+        if SOFTCAP > 0.0:
+            st = tanh_of_scores(st, qk_scale, SOFTCAP, k.dtype == tl.float32)
+            unit = SOFTCAP * 1.4426950408889634
+        else:
+            unit = qk_scale
+        pt = tl.math.exp2(st * unit - lse[None, :])
         if MASKED:
             # Rows from sq on need no mask: their lse is +inf.
             row = m + tl.arange(0, BLOCK_M)
@@ -191,8 +204,10 @@ def _walk_rows(
         dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")
         delta = _load_rows(DELTA2, rows_base + m, BLOCK_M, USE_DESCRIPTOR)
         dpt = tl.dot(v, do.T, input_precision="ieee")
-        dst = (pt * (dpt - delta[None, :])).to(q.dtype)
-        dk = tl.dot(dst, q, dk, input_precision="ieee")
+        dst = pt * (dpt - delta[None, :])
+        if SOFTCAP > 0.0:
+            dst *= 1.0 - st * st
+        dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -204,7 +219,7 @@ def _backward_dkdv_kernel(
     stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KIND: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, EVEN_M: tl.constexpr,
-    USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr,
+    USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     # Ascending: the first keys of a causal block are seen by the most rows, and long programs should start first.
     pid = tl.program_id(0)
@@ -238,20 +253,20 @@ def _backward_dkdv_kernel(
                 dk, dv, k, v, Q, DO, LSE2, DELTA2, rows_base,
                 batch, head, start, a, sq, col_lo, col_hi, qk_scale,
                 stride_qb, stride_qs, stride_qh, stride_gb, stride_gs, stride_gh,
-                D, D_PAD, BLOCK_M, True, HAS_HI, not EVEN_M, USE_DESCRIPTOR, UPCAST,
+                D, D_PAD, BLOCK_M, True, HAS_HI, not EVEN_M, USE_DESCRIPTOR, UPCAST, SOFTCAP,
             )  # fmt: skip
         dk, dv = _walk_rows(
             dk, dv, k, v, Q, DO, LSE2, DELTA2, rows_base,
             batch, head, a, b, sq, col_lo, col_hi, qk_scale,
             stride_qb, stride_qs, stride_qh, stride_gb, stride_gs, stride_gh,
-            D, D_PAD, BLOCK_M, False, HAS_HI, not EVEN_M, USE_DESCRIPTOR, UPCAST,
+            D, D_PAD, BLOCK_M, False, HAS_HI, not EVEN_M, USE_DESCRIPTOR, UPCAST, SOFTCAP,
         )  # fmt: skip
         if KIND != "full" and HAS_HI:
             dk, dv = _walk_rows(
                 dk, dv, k, v, Q, DO, LSE2, DELTA2, rows_base,
                 batch, head, b, end, sq, col_lo, col_hi, qk_scale,
                 stride_qb, stride_qs, stride_qh, stride_gb, stride_gs, stride_gh,
-                D, D_PAD, BLOCK_M, True, HAS_HI, not EVEN_M, USE_DESCRIPTOR, UPCAST,
+                D, D_PAD, BLOCK_M, True, HAS_HI, not EVEN_M, USE_DESCRIPTOR, UPCAST, SOFTCAP,
             )  # fmt: skip
     dk_base = DK + batch.to(tl.int64) * stride_dkb + kv_head.to(tl.int64) * stride_dkh
     dv_base = DV + batch.to(tl.int64) * stride_dvb + kv_head.to(tl.int64) * stride_dvh
@@ -287,6 +302,7 @@ def launch_dq(
     key_range: KeyRange,
     *,
     scale: float,
+    softcap: float,
     dq_acc: torch.Tensor,
     tile: Tile,
     use_descriptor: bool,
@@ -318,6 +334,7 @@ def launch_dq(
         EVEN_N=sk % tile.block_n == 0,
         USE_DESCRIPTOR=use_descriptor,
         UPCAST=INTERPRETING and q.dtype == torch.bfloat16,
+        SOFTCAP=float(softcap),
         **row_interval_args(key_range, sq, sk, q.device),
         **tile.options(),
     )
@@ -333,6 +350,7 @@ def launch_dkdv(
     key_range: KeyRange,
     *,
     scale: float,
+    softcap: float,
     dk_acc: torch.Tensor,
     dv_acc: torch.Tensor,
     tile: Tile,
@@ -367,6 +385,7 @@ def launch_dkdv(
         EVEN_M=sq % tile.block_m == 0,
         USE_DESCRIPTOR=use_descriptor,
         UPCAST=INTERPRETING and q.dtype == torch.bfloat16,
+        SOFTCAP=float(softcap),
         **key_interval_args(key_range, sq, sk, q.device),
         **tile.options(),
     )

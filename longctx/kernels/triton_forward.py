@@ -23,6 +23,7 @@ from longctx.kernels.tiles import (
     row_interval_args,
     row_intervals,
     stride_args,
+    tanh_of_scores,
 )
 from longctx.kernels.tuning import Tile
 from longctx.masks import KeyRange
@@ -36,29 +37,34 @@ def _attend(
     acc, l, m, q, K, V, batch, kv_head, start, end, sk, row_lo, row_hi, qk_scale,
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_LO: tl.constexpr,
-    CHECK_N: tl.constexpr, USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr,
+    CHECK_N: tl.constexpr, USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Walk over the key tiles of [start, end); m is a running maximum of scale * log2(e) * q k^T, l the sum beside it."""
+    """Walk over the key tiles of [start, end); m is a running maximum of log2(e) * score, l the sum beside it."""
     for n in tl.range(start, end, BLOCK_N):
         k = load_tile(
             K, batch, kv_head, n, sk, stride_kb, stride_ks, stride_kh,
             BLOCK_N, D, D_PAD, USE_DESCRIPTOR, CHECK_N, UPCAST,
         )  # fmt: skip
         s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if SOFTCAP > 0.0:
+            s = tanh_of_scores(s, qk_scale, SOFTCAP, k.dtype == tl.float32)
+            unit = SOFTCAP * 1.4426950408889634
+        else:
+            unit = qk_scale
         if MASKED:
             col = n + tl.arange(0, BLOCK_N)
             visible = col[None, :] < row_hi[:, None]
             if HAS_LO:
                 visible = visible & (col[None, :] >= row_lo[:, None])
-            s = tl.where(visible, s * qk_scale, float("-inf"))
+            s = tl.where(visible, s * unit, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             # A row that has seen nothing yet: -inf - -inf would be nan.
             base = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = tl.math.exp2(s - base[:, None])
             alpha = tl.math.exp2(m - base)
         else:
-            m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
-            p = tl.math.exp2(s * qk_scale - m_new[:, None])
+            m_new = tl.maximum(m, tl.max(s, 1) * unit)
+            p = tl.math.exp2(s * unit - m_new[:, None])
             alpha = tl.math.exp2(m - m_new)
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
@@ -85,7 +91,7 @@ def _forward_kernel(
     stride_xb, stride_xs, stride_xh, stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KIND: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, CARRY: tl.constexpr, EVEN_N: tl.constexpr,
-    USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr,
+    USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     # Row blocks of one head run side by side, so that its K and V are read from L2; the longest causal ones start first.
     pid = tl.program_id(0)
@@ -124,18 +130,18 @@ def _forward_kernel(
         acc, l, m = _attend(
             acc, l, m, q, K, V, batch, kv_head, start, a, sk, row_lo, row_hi, qk_scale,
             stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-            D, D_PAD, BLOCK_N, True, True, False, USE_DESCRIPTOR, UPCAST,
+            D, D_PAD, BLOCK_N, True, True, False, USE_DESCRIPTOR, UPCAST, SOFTCAP,
         )  # fmt: skip
     acc, l, m = _attend(
         acc, l, m, q, K, V, batch, kv_head, a, b, sk, row_lo, row_hi, qk_scale,
         stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-        D, D_PAD, BLOCK_N, False, HAS_LO, False, USE_DESCRIPTOR, UPCAST,
+        D, D_PAD, BLOCK_N, False, HAS_LO, False, USE_DESCRIPTOR, UPCAST, SOFTCAP,
     )  # fmt: skip
     if KIND != "full" or not EVEN_N:
         acc, l, m = _attend(
             acc, l, m, q, K, V, batch, kv_head, b, end, sk, row_lo, row_hi, qk_scale,
             stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-            D, D_PAD, BLOCK_N, True, HAS_LO, not EVEN_N, USE_DESCRIPTOR, UPCAST,
+            D, D_PAD, BLOCK_N, True, HAS_LO, not EVEN_N, USE_DESCRIPTOR, UPCAST, SOFTCAP,
         )  # fmt: skip
 
     # Compared with 0, not with > 0: a nan must come out as one.
@@ -154,6 +160,7 @@ def launch_forward(
     key_range: KeyRange,
     *,
     scale: float,
+    softcap: float,
     state: SoftmaxState | None,
     tile: Tile,
     use_descriptor: bool,
@@ -189,6 +196,7 @@ def launch_forward(
         EVEN_N=sk % tile.block_n == 0,
         USE_DESCRIPTOR=use_descriptor,
         UPCAST=INTERPRETING and q.dtype == torch.bfloat16,
+        SOFTCAP=float(softcap),
         **row_interval_args(key_range, sq, sk, q.device),
         **tile.options(),
     )

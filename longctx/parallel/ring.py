@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longctx.errors import KernelError
 from longctx.kernels import BlockAttention, SoftmaxState, kernel_names, row_delta, select_kernel, state_dtype
+from longctx.kernels.sinks import add_sinks, sink_gradient
 from longctx.masks import KeyRange
 from longctx.parallel.exchange import Rotation, get_exchange
 from longctx.parallel.schedule import CACHED_SCHEDULES, unpack_hops
@@ -31,28 +32,39 @@ _OWN_DELTA = ("cudnn",)
 @torch.library.custom_op(
     "longctx::ring_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor hops, Tensor rows, str kernel, float scale, str exchange)"
-    " -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor hops, Tensor rows, str kernel, float scale, str exchange,"
+    " float softcap=0.0, Tensor? sinks=None) -> (Tensor, Tensor, Tensor)",
 )
 def _ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, hops: Tensor, rows: Tensor, kernel: str, scale: float, exchange: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hops: Tensor,
+    rows: Tensor,
+    kernel: str,
+    scale: float,
+    exchange: str,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of local queries to all keys of the ring.
 
     Args:
         q, k, v: "b s h d", "b s hk d", "b s hk d".
-        hops, rows: `RingSchedule.packed`.
+        hops, rows: `pack_hops`.
         kernel: a name for `select_kernel`.
         exchange: the handle of a `RingExchange`; empty for a ring of one.
+        softcap: as `BlockAttention`; 0 for none.
+        sinks: [h], a logit for each head that joins every row's softmax once.
 
     Returns:
-        out: like q, contiguous. lse: "b h s" fp32. held_kv: [2, b, s, hk, d], the block that came last, from which the
+        out: like q, contiguous. lse: "b h s" fp32, with the sinks in it. held_kv: [2, b, s, hk, d], the block that came last, from which the
         backward pass starts; empty where nothing came.
     """
     ring = get_exchange(exchange)
     todo = _unpack(hops, rows)
     # Chosen before the first message: a block that no kernel can do must not leave other ranks waiting.
-    kernels = [None if kr.kind == "empty" else select_kernel(kernel, q, kr) for _, kr in todo]
+    kernels = [None if kr.kind == "empty" else select_kernel(kernel, q, kr, softcap) for _, kr in todo]
     message = torch.stack((k, v)) if len(todo) > 1 else k.new_empty(0)
     held = torch.empty_like(message)
     block = (k, v)
@@ -65,11 +77,13 @@ def _ring_attention(
             flying = ring.rotate(message, gap, purpose="kv", what=f"forward, K/V for hop {i + 1}", into=into)
         chosen = kernels[i]
         if chosen is not None:
-            state = chosen.forward(q, *block, key_range, scale=scale, state=state)
+            state = chosen.forward(q, *block, key_range, scale=scale, softcap=softcap, state=state)
         if flying is not None:
             message = flying.wait()
             block = (message[0], message[1])
     state = SoftmaxState.empty_like(q) if state is None else state
+    if sinks is not None:
+        add_sinks(state, sinks)
     return state.out.to(q.dtype), state.lse, held
 
 
@@ -77,7 +91,8 @@ def _ring_attention(
     "longctx::ring_attention_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor held_kv,"
-    " Tensor hops, Tensor rows, str kernel, float scale, str exchange) -> (Tensor, Tensor, Tensor)",
+    " Tensor hops, Tensor rows, str kernel, float scale, str exchange, float softcap=0.0, Tensor? sinks=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _ring_attention_backward(
     dout: Tensor,
@@ -93,17 +108,20 @@ def _ring_attention_backward(
     kernel: str,
     scale: float,
     exchange: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv like q, k, v; contiguous. Uses no more than the inputs and outputs of the forward operator."""
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv like q, k, v, contiguous; dsinks [h] of the local rows, empty without sinks. Uses no more than the inputs and outputs of the forward operator."""
     ring = get_exchange(exchange)
     todo = _unpack(hops, rows)
-    kernels = [None if kr.kind == "empty" else _backward_kernel(kernel, q, kr, dlse) for _, kr in todo]
+    kernels = [None if kr.kind == "empty" else _backward_kernel(kernel, q, kr, softcap, dlse) for _, kr in todo]
     # Gradients of sums and means come as expanded tensors, whose strides are 0.
     dout = dout.contiguous()
     delta = row_delta(out, dout)
     if dlse is not None:
         # d lse / d score = p, and the scores' gradient is p * (dp - delta).
         delta = delta - dlse.to(delta.dtype)
+    dsinks = q.new_empty(0) if sinks is None else sink_gradient(sinks, lse, delta)
     dq = _accumulator(q)
     message = held_kv
     riding: Rotation | None = None
@@ -120,6 +138,7 @@ def _ring_attention_backward(
             delta,
             todo[i][1],
             scale=scale,
+            softcap=softcap,
             out=out,
             dq_acc=dq,
             dk_acc=dk_acc,
@@ -152,11 +171,11 @@ def _ring_attention_backward(
         arrived = riding.wait()
         dk += arrived[0]
         dv += arrived[1]
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
 
 
 @_ring_attention.register_fake
-def _(q, k, v, hops, rows, kernel, scale, exchange):
+def _(q, k, v, hops, rows, kernel, scale, exchange, softcap=0.0, sinks=None):
     b, s, h, _ = q.shape
     lse = q.new_empty((b, h, s), dtype=state_dtype(q.dtype))
     held = k.new_empty((2, *k.shape) if hops.shape[0] > 1 else (0,))
@@ -164,25 +183,26 @@ def _(q, k, v, hops, rows, kernel, scale, exchange):
 
 
 @_ring_attention_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, held_kv, hops, rows, kernel, scale, exchange):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(dout, dlse, q, k, v, out, lse, held_kv, hops, rows, kernel, scale, exchange, softcap=0.0, sinks=None):
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, hops, rows, ctx.kernel, ctx.scale, ctx.exchange = inputs
+    q, k, v, hops, rows, ctx.kernel, ctx.scale, ctx.exchange, ctx.softcap, sinks = inputs
     out, lse, held = output
-    ctx.save_for_backward(q, k, v, out, lse, held, hops, rows)
+    ctx.save_for_backward(q, k, v, out, lse, held, hops, rows, sinks)
     ctx.mark_non_differentiable(held)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlse, _):
-    q, k, v, out, lse, held, hops, rows = ctx.saved_tensors
+    q, k, v, out, lse, held, hops, rows, sinks = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv = RING_ATTENTION_BACKWARD_OP(
-        dout, dlse, q, k, v, out, lse, held, hops, rows, ctx.kernel, ctx.scale, ctx.exchange
+    dq, dk, dv, dsinks = RING_ATTENTION_BACKWARD_OP(
+        dout, dlse, q, k, v, out, lse, held, hops, rows, ctx.kernel, ctx.scale, ctx.exchange, ctx.softcap, sinks
     )
-    return dq, dk, dv, None, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None, None, None if sinks is None else dsinks
 
 
 _ring_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -198,9 +218,9 @@ def _accumulator(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=state_dtype(like.dtype), device=like.device)
 
 
-def _backward_kernel(name: str, q: Tensor, key_range: KeyRange, dlse: Tensor | None) -> BlockAttention:
+def _backward_kernel(name: str, q: Tensor, key_range: KeyRange, softcap: float, dlse: Tensor | None) -> BlockAttention:
     """The kernel for one block's backward. A gradient of lse reaches the scores through delta alone."""
-    chosen = select_kernel(name, q, key_range)
+    chosen = select_kernel(name, q, key_range, softcap)
     if dlse is None or chosen.name not in _OWN_DELTA:
         return chosen
     if name != "auto":
@@ -209,7 +229,7 @@ def _backward_kernel(name: str, q: Tensor, key_range: KeyRange, dlse: Tensor | N
     for other in kernel_names():
         if other not in _OWN_DELTA:
             try:
-                return select_kernel(other, q, key_range)
+                return select_kernel(other, q, key_range, softcap)
             except KernelError as error:
                 refused.append(str(error))
     raise KernelError("no attention kernel has a gradient for lse here\n" + "\n".join(refused))

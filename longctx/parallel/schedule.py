@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -92,30 +93,38 @@ class RingSchedule:
 
     @cached_property
     def packed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The hops as CPU tensors, which a custom op can take: `unpack_hops` is the inverse.
+        """The hops as `pack_hops` makes them."""
+        return pack_hops([(hop.distance, hop.key_range) for hop in self.hops], self.seq_len // self.world)
 
-        Returns:
-            table: int64 [hops, 4]: distance, kind, lo, hi.
-            rows: int32 [hops of kind rows, 2, b or 1, s].
-        """
-        table: list[tuple[int, int, int | torch.Tensor, int | torch.Tensor]] = []
-        rows = []
-        for hop in self.hops:
-            kr = hop.key_range
-            if isinstance(kr.lo, torch.Tensor) and isinstance(kr.hi, torch.Tensor):
-                table.append((hop.distance, _KINDS.index(kr.kind), 0, 0))
-                rows.append(torch.stack([kr.lo, kr.hi]))
-            else:
-                table.append((hop.distance, _KINDS.index(kr.kind), kr.lo, kr.hi))
-        empty = torch.empty(0, 2, 1, self.seq_len // self.world, dtype=torch.int32)
-        # One hop may tell the sequences of a batch apart where another does not.
-        batch = max((r.shape[1] for r in rows), default=1)
-        stacked = torch.stack([r.expand(2, batch, -1) for r in rows]) if rows else empty
-        return torch.tensor(table, dtype=torch.int64), stacked
+
+def pack_hops(hops: Sequence[tuple[int, KeyRange]], num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hops as CPU tensors, which a custom op can take: `unpack_hops` is the inverse.
+
+    Args:
+        hops: distance and key range of each.
+        num_rows: local queries.
+
+    Returns:
+        table: int64 [hops, 4]: distance, kind, lo, hi.
+        rows: int32 [hops of kind rows, 2, b or 1, num_rows].
+    """
+    table: list[tuple[int, int, int | torch.Tensor, int | torch.Tensor]] = []
+    rows = []
+    for distance, kr in hops:
+        if isinstance(kr.lo, torch.Tensor) and isinstance(kr.hi, torch.Tensor):
+            table.append((distance, _KINDS.index(kr.kind), 0, 0))
+            rows.append(torch.stack([kr.lo, kr.hi]))
+        else:
+            table.append((distance, _KINDS.index(kr.kind), kr.lo, kr.hi))
+    empty = torch.empty(0, 2, 1, num_rows, dtype=torch.int32)
+    # One hop may tell the sequences of a batch apart where another does not.
+    batch = max((r.shape[1] for r in rows), default=1)
+    stacked = torch.stack([r.expand(2, batch, -1) for r in rows]) if rows else empty
+    return torch.tensor(table, dtype=torch.int64), stacked
 
 
 def unpack_hops(table: torch.Tensor, rows: torch.Tensor) -> list[tuple[int, KeyRange]]:
-    """(distance, key range) of each hop, from `RingSchedule.packed`."""
+    """(distance, key range) of each hop, from `pack_hops`."""
     hops, intervals = [], iter(rows)
     for distance, kind, lo, hi in table.tolist():
         if _KINDS[kind] == "rows":

@@ -28,6 +28,7 @@ class Case:
         amplitude: q is multiplied by it: 1 gives ordinary scores, 200 scores of some hundred, so that a few keys take all.
         strided: q, k, v and dout are slices of larger tensors that hold nan elsewhere.
         descriptor: let a Triton kernel use tensor descriptors.
+        softcap: of the scores; 0 for none.
     """
 
     kernel: str
@@ -43,11 +44,13 @@ class Case:
     amplitude: float = 1.0
     strided: bool = False
     descriptor: bool = False
+    softcap: float = 0.0
 
     @property
     def id(self) -> str:
         extra = [f"{self.blocks}blocks"] * (self.blocks > 1) + [f"x{self.amplitude:g}"] * (self.amplitude != 1)
         extra += ["strided"] * self.strided + ["descriptor"] * self.descriptor
+        extra += [f"cap{self.softcap:g}"] * (self.softcap != 0)
         shape = f"{self.sq}x{self.sk}-h{self.heads}_{self.kv_heads}-d{self.head_dim}"
         return "-".join([self.kernel, self.dtype, self.visible, shape, *extra])
 
@@ -128,7 +131,7 @@ def hash_of(case: Case) -> int:
     return sum(ord(c) * (i + 1) for i, c in enumerate(replace(case, kernel="", descriptor=False).id))
 
 
-def dense(inputs: Inputs, visible: torch.Tensor, scale: float) -> dict[str, torch.Tensor]:
+def dense(inputs: Inputs, visible: torch.Tensor, scale: float, softcap: float = 0.0) -> dict[str, torch.Tensor]:
     """Attention by the book in the dtype of the inputs, with autograd: out, lse, dq, dk, dv. Grouped heads are expanded."""
     q, k, v = (t.detach().clone().requires_grad_() for t in (inputs.q, inputs.k, inputs.v))
     group = q.shape[2] // k.shape[2]
@@ -136,7 +139,8 @@ def dense(inputs: Inputs, visible: torch.Tensor, scale: float) -> dict[str, torc
     mask = visible[:, None].to(q.device)
     seen = mask.any(-1, keepdim=True)
     # A row without keys would be nan: let it see all and drop what comes out.
-    s = ((q_ @ k_.transpose(-1, -2)) * scale).masked_fill(~(mask | ~seen), -math.inf)
+    s = (q_ @ k_.transpose(-1, -2)) * scale
+    s = (softcap * torch.tanh(s / softcap) if softcap else s).masked_fill(~(mask | ~seen), -math.inf)
     out = torch.where(seen, s.softmax(-1) @ v_, 0.0).transpose(1, 2)
     lse = torch.where(seen[..., 0], s.logsumexp(-1), -math.inf)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), inputs.dout)
@@ -178,10 +182,11 @@ def run(
     """out, lse, dq, dk, dv of a kernel; the gradients are added to accumulators that already hold something."""
     q, k, v, dout = inputs.q, inputs.k, inputs.v, inputs.dout
     blocks = list(key_blocks(case, key_range))
+    options = {"softcap": case.softcap} if case.softcap else {}
     with poisoned():
         state = None
         for keys, part in blocks:
-            state = kernel.forward(q, k[:, keys], v[:, keys], part, scale=scale, state=state)
+            state = kernel.forward(q, k[:, keys], v[:, keys], part, scale=scale, state=state, **options)
         assert state is not None
         assert state.out.dtype == state.lse.dtype == state_dtype(q.dtype)
         out = state.out.to(q.dtype)
@@ -196,7 +201,7 @@ def run(
             )
             kernel.backward(
                 dout, q, k[:, keys], v[:, keys], state.lse, delta, part,
-                scale=scale, out=out, dq_acc=into["dq"], dk_acc=dk, dv_acc=dv,
+                scale=scale, out=out, dq_acc=into["dq"], dk_acc=dk, dv_acc=dv, **options,
             )  # fmt: skip
             into["dk"][:, keys], into["dv"][:, keys] = dk, dv
     return {"out": state.out, "lse": state.lse, **{n: t - 0.5 for n, t in into.items()}}
@@ -220,16 +225,20 @@ def check(case: Case, device: str = "cpu", kernel: BlockAttention | None = None)
     key_range = VISIBLE[case.visible](case.batch, case.sq, case.sk)
     if case.blocks == 1:
         reason = kernel.supports(
-            device=inputs.q.device, dtype=inputs.q.dtype, head_dim=case.head_dim, kind=block_kind(key_range)
+            device=inputs.q.device,
+            dtype=inputs.q.dtype,
+            head_dim=case.head_dim,
+            kind=block_kind(key_range),
+            softcap=case.softcap,
         )
         assert reason is None, reason
     lo, hi = key_range.bounds(case.sq, case.sk)
     index = torch.arange(case.sk)
     visible = (index >= lo[..., None]) & (index < hi[..., None])
-    true = dense(inputs.to(torch.float64), visible, scale)
-    plain = dense(inputs, visible, scale)
+    true = dense(inputs.to(torch.float64), visible, scale, case.softcap)
+    plain = dense(inputs, visible, scale, case.softcap)
     # The state is fp32 whatever the inputs, so its lse is held against torch in fp32.
-    plain["lse"] = dense(inputs.to(state_dtype(inputs.q.dtype)), visible, scale)["lse"]
+    plain["lse"] = dense(inputs.to(state_dtype(inputs.q.dtype)), visible, scale, case.softcap)["lse"]
     got = run(case, kernel, inputs, key_range, scale)
     # Probabilities are recomputed from an lse that is rounded to the state's dtype: their relative error is eps * |lse|.
     state_eps = torch.finfo(state_dtype(inputs.q.dtype)).eps

@@ -64,6 +64,15 @@ class SeesOneKeyMore(ReferenceAttention):
         return super().forward(q, k, v, key_range, scale=scale, state=state)
 
 
+class ForgetsTheSlope(ReferenceAttention):
+    """Its backward takes the capped scores for uncapped ones: the derivative of tanh is missing."""
+
+    def backward(self, dout, q, k, v, lse, delta, key_range, *, scale, softcap=0.0, out, dq_acc, dk_acc, dv_acc):
+        super().backward(
+            dout, q, k, v, lse, delta, key_range, scale=scale, out=out, dq_acc=dq_acc, dk_acc=dk_acc, dv_acc=dv_acc
+        )
+
+
 class ForgetsTheGroup(ReferenceAttention):
     """Gives dk of the first query head of a group only."""
 

@@ -75,7 +75,8 @@ def key_range(kind: str, s: int):
 
 
 def compile_job(job: dict) -> dict:
-    """Compile one kernel; `job`: kernel, head_dim, dtype, kind, carry, tile (fields of `Tile`), s, b, h, hk, capability (90).
+    """Compile one kernel; `job`: kernel, head_dim, dtype, kind, carry, tile (fields of `Tile`), s, b, h, hk, capability (90),
+    softcap (0).
 
     Returns the job with registers, spill_bytes, shared, num_wgmma and warnings of ptxas, or with `error`.
     """
@@ -92,15 +93,16 @@ def compile_job(job: dict) -> dict:
     attention = TritonAttention(Tiles(tile, tile, tile))
     visible = key_range(job["kind"], s)
     capability = job.get("capability", 90)
+    options = {"scale": d**-0.5, "softcap": job.get("softcap", 0.0)}
     with compile_only(capability) as compiled:
         try:
             if job["kernel"] == "forward":
                 state = SoftmaxState(acc_q, lse) if job["carry"] else None
-                attention.forward(q, k, v, visible, scale=d**-0.5, state=state)
+                attention.forward(q, k, v, visible, **options, state=state)
             elif job["kernel"] == "dq":
-                attention.add_dq(q, q, k, v, lse, lse, visible, scale=d**-0.5, dq_acc=acc_q)
+                attention.add_dq(q, q, k, v, lse, lse, visible, **options, dq_acc=acc_q)
             else:
-                attention.add_dkdv(q, q, k, v, lse, lse, visible, scale=d**-0.5, dk_acc=acc_k, dv_acc=acc_k)
+                attention.add_dkdv(q, q, k, v, lse, lse, visible, **options, dk_acc=acc_k, dv_acc=acc_k)
         except Exception as error:
             return {**job, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
     ((_, kernel),) = compiled

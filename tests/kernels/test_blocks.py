@@ -67,6 +67,16 @@ def interpreted_cases() -> list[Case]:
     # Aligned slices, which a descriptor can read; and a head dim that it cannot.
     cases.append(Case("triton", "float16", "window", 40, 40, head_dim=24, batch=2, strided=True, descriptor=True))
     cases.append(Case("triton", "float16", "window", 40, 40, head_dim=20, batch=1, descriptor=True))
+    # A cap of 2 bends ordinary scores; one of 50 leaves them almost, but not scores of some hundred.
+    cases += [
+        Case("triton", dtype, v, 45, 45, batch=1 + (v == "rows_per_sequence"), head_dim=16, softcap=2.0)
+        for v in VISIBLE
+        for dtype in ("float32", "float16")
+    ]
+    cases += [Case("triton", "float32", "causal", 45, 45, head_dim=16, blocks=3, softcap=c) for c in (0.5, 2.0, 50.0)]
+    for dtype in ("float32", "float16"):
+        cases.append(Case("triton", dtype, "full", 40, 40, batch=1, head_dim=16, amplitude=200.0, softcap=50.0))
+        cases.append(Case("triton", dtype, "causal", 20, 31, batch=1, heads=4, kv_heads=2, softcap=50.0))
     return cases
 
 
@@ -102,12 +112,20 @@ def reference_cases() -> list[Case]:
     cases += [Case("reference", "float32", "causal", 40, 40, heads=h, kv_heads=hk) for h, hk in ((4, 2), (3, 3))]
     cases += [Case("reference", "float32", "full", 45, 45, amplitude=200.0)]
     cases += [Case("reference", "float32", "window", 45, 45, strided=True)]
+    cases += [Case("reference", dtype, v, 45, 45, softcap=2.0) for v in VISIBLE for dtype in ("float32", "float64")]
+    cases += [Case("reference", "float64", "causal", 45, 45, blocks=3, amplitude=200.0, softcap=50.0)]
     return cases
 
 
 @by_id(reference_cases())
 def test_reference(case):
     block_cases.check(case)
+
+
+@by_id([Case("reference", dtype, "causal", 45, 45, softcap=2.0) for dtype in ("float32", "float16")])
+def test_the_check_finds_a_missing_slope(case):
+    with pytest.raises(AssertionError, match="dq: max error"):
+        block_cases.check(case, kernel=broken_twins.ForgetsTheSlope())
 
 
 TWINS = [
@@ -235,6 +253,12 @@ def gpu_cases() -> list[Case]:
         for dim in (64, 80, 128, 256):
             cases += [Case("cudnn", dtype, v, 515, 515, head_dim=dim) for v in ("full", "causal", "rectangle")]
     cases.append(Case("cudnn", "bfloat16", "full", 515, 515, head_dim=128, blocks=3))
+    for dtype, dim in (("bfloat16", 256), ("float16", 128), ("float32", 64)):
+        capped = Case(
+            "triton", dtype, "full", 515, 515, heads=4, kv_heads=2, head_dim=dim, descriptor=True, softcap=2.0
+        )
+        cases += [replace(capped, visible=visible) for visible in VISIBLE]
+        cases += [replace(capped, visible="causal", amplitude=200.0, softcap=50.0), replace(capped, blocks=3)]
     cases.append(Case("cudnn", "bfloat16", "empty", 515, 515, head_dim=128))
     return list(dict.fromkeys(cases))
 

@@ -37,6 +37,8 @@ def jobs() -> dict[str, dict]:
             for kind in ("full", "causal", "rows"):
                 found[f"hopper-{kernel}-d{dim}-{kind}"] = job(kernel, dim, kind, tuning._HOPPER)
         found[f"hopper-{kernel}-d128-window"] = job(kernel, 128, "window", tuning._HOPPER)
+        # Gemma 2's. Its tanh needs registers: spills are not asserted, since tiles are tuned without it.
+        found[f"softcap-{kernel}-d128-causal"] = job(kernel, 128, "causal", tuning._HOPPER, softcap=50.0)
         found[f"portable-{kernel}-d128-causal"] = job(kernel, 128, "causal", tuning._PORTABLE, capability=89)
         found[f"fp32-{kernel}-d64-causal"] = job(kernel, 64, "causal", tuning._FP32, dtype="float32")
     return found
@@ -64,7 +66,7 @@ def compiled() -> dict[str, dict]:
 def test_shipped_tiles_compile(name, compiled):
     report = compiled[name]
     assert "error" not in report, report["error"]
-    if not name.startswith("hopper"):
+    if not name.startswith(("hopper", "softcap")):
         assert report["shared"] <= CONSUMER_SHARED
         return
     assert report["shared"] <= HOPPER_SHARED
@@ -73,6 +75,8 @@ def test_shipped_tiles_compile(name, compiled):
     assert report["warnings"] == [], "ptxas serialises matrix instructions"
     assert report["loops"], "no loop with matrix instructions was found"
     assert sum(loop["num_matrix"] for loop in report["loops"]) > 0
+    if name.startswith("softcap"):
+        return
     known = 0 if report["kind"] == "full" else KNOWN_SPILLS.get((report["kernel"], report["head_dim"]), 0)
     assert max(loop["num_spills"] for loop in report["loops"]) <= known, report["loops"]
 
