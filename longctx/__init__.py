@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from longctx.attention import ParallelAttention
     from longctx.config import load_config
     from longctx.errors import LongCtxError
-    from longctx.functional import linear_cross_entropy, ring_attention
+    from longctx.functional import context_parallel_attention, linear_cross_entropy, ring_attention
     from longctx.layout import SequenceMeta, get_layout
     from longctx.masks import Causal, Documents, Full, PrefixLM, SlidingWindow
     from longctx.model import ModelConfig, Transformer
@@ -39,6 +39,7 @@ _HOME = {
     "Trainer": "longctx.trainer",
     "Transformer": "longctx.model",
     "get_layout": "longctx.layout",
+    "context_parallel_attention": "longctx.functional",
     "linear_cross_entropy": "longctx.functional",
     "load_config": "longctx.config",
     "ring_attention": "longctx.functional",
@@ -59,6 +60,7 @@ __all__ = [
     "Trainer",
     "Transformer",
     "__version__",
+    "context_parallel_attention",
     "get_layout",
     "linear_cross_entropy",
     "load_config",

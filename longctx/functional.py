@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from collections.abc import Callable
+from typing import Literal, Protocol, cast, overload
 
 from torch import Tensor
 from torch._compile import _disable_dynamo
@@ -115,39 +116,47 @@ def attention(
     return _attend(q, k, v, mask, _WHOLE, 0, 1, seq_len, scale, softcap, sinks, kernel, return_lse, exchange="")
 
 
-@overload
-def ring_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    meta: SequenceMeta,
-    mesh: ParallelMesh,
-    scale: float | None = ...,
-    softcap: float = ...,
-    sinks: Tensor | None = ...,
-    kernel: str = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+class AttentionOverRanks(Protocol):
+    """The signature of attention functions on shards: `return_lse` decides what comes back."""
+
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        meta: SequenceMeta,
+        mesh: ParallelMesh,
+        scale: float | None = ...,
+        softcap: float = ...,
+        sinks: Tensor | None = ...,
+        kernel: str = ...,
+        return_lse: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        meta: SequenceMeta,
+        mesh: ParallelMesh,
+        scale: float | None = ...,
+        softcap: float = ...,
+        sinks: Tensor | None = ...,
+        kernel: str = ...,
+        return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
 
 
-@overload
-def ring_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    meta: SequenceMeta,
-    mesh: ParallelMesh,
-    scale: float | None = ...,
-    softcap: float = ...,
-    sinks: Tensor | None = ...,
-    kernel: str = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+def _over_ranks(function: Callable[..., Tensor | tuple[Tensor, Tensor]]) -> AttentionOverRanks:
+    return cast(AttentionOverRanks, _disable_dynamo(function))
 
 
-@_disable_dynamo
+@_over_ranks
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -235,39 +244,7 @@ def _over_ring(
     )
 
 
-@overload
-def ulysses_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    meta: SequenceMeta,
-    mesh: ParallelMesh,
-    scale: float | None = ...,
-    softcap: float = ...,
-    sinks: Tensor | None = ...,
-    kernel: str = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def ulysses_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    meta: SequenceMeta,
-    mesh: ParallelMesh,
-    scale: float | None = ...,
-    softcap: float = ...,
-    sinks: Tensor | None = ...,
-    kernel: str = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
-@_disable_dynamo
+@_over_ranks
 def ulysses_attention(
     q: Tensor,
     k: Tensor,
@@ -333,38 +310,7 @@ def ulysses_attention(
     return out if lse is None else (out, lse_to_sequence(lse, world=world, exchange=exchange))
 
 
-@overload
-def context_parallel_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    meta: SequenceMeta,
-    mesh: ParallelMesh,
-    scale: float | None = ...,
-    softcap: float = ...,
-    sinks: Tensor | None = ...,
-    kernel: str = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def context_parallel_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    meta: SequenceMeta,
-    mesh: ParallelMesh,
-    scale: float | None = ...,
-    softcap: float = ...,
-    sinks: Tensor | None = ...,
-    kernel: str = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
+@_over_ranks
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,
