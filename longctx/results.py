@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -193,6 +193,28 @@ def rows_of_run(run_dir: Path, name: str) -> list[Measurement]:
     ]
 
 
+def losses_of_run(run_dir: Path, steps: int) -> list[Measurement]:
+    """The losses of a run's first `steps` steps, to hold a ring's beside one GPU's.
+
+    Raises:
+        ConfigError: no metrics there, or they do not begin at the first step.
+    """
+    path = run_dir / "metrics.jsonl"
+    starts = read_metrics(path, "run")
+    found = [s for s in read_metrics(path) if s["step"] < steps]
+    if not starts or [s["step"] for s in found] != list(range(steps)):
+        raise ConfigError(f"{path} does not hold the first {steps} steps of a run: train that many from the start")
+    run = starts[-1]
+    where = {c: run[c] for c in ("commit", "date", "gpu", "gpus", "torch", "triton")}
+    name, config = f"losses/ring {run['plan']['ring']}", _run_label(run)
+    return [
+        Measurement(
+            name=name, config=config, metric=f"loss of step {s['step']}", value=s["loss"], unit="nats/token", **where
+        )
+        for s in found
+    ]
+
+
 def _median(steps: Sequence[dict], key: str) -> float | None:
     values = [step[key] for step in steps if step[key] is not None]
     return statistics.median(values) if values else None
@@ -219,6 +241,10 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--write", action="store_true", help="make the README's tables from the CSV files")
     what.add_argument("--check", action="store_true", help="exit 1 if the README says something else than the files")
     what.add_argument("--from-run", type=Path, metavar="RUN_DIR", help="add a training run's figures to training.csv")
+    p.add_argument(
+        "--losses", type=int, default=0, metavar="N", help="with --from-run: the first N losses to losses.csv"
+    )
+    p.add_argument("--commit", help="with --from-run: of the code, where it ran without its git history")
     p.add_argument("--name", help="what --from-run calls the system (longctx)", default="longctx")
     p.add_argument("--results", type=Path, default=RESULTS, help="folder of CSV files")
     p.add_argument("--readme", type=Path, default=README)
@@ -234,7 +260,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.from_run:
             rows = rows_of_run(args.from_run, args.name)
+            losses = losses_of_run(args.from_run, args.losses) if args.losses else []
+            if args.commit:
+                rows, losses = ([replace(row, commit=args.commit) for row in some] for some in (rows, losses))
             append(args.results / "training.csv", rows)
+            if losses:
+                append(args.results / "losses.csv", losses)
             print("\n".join(f"{row.name}, {row.config}: {row.metric} {with_unit(row)}" for row in rows))
             return 0
         if not args.readme.exists():

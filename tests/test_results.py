@@ -226,12 +226,13 @@ class TestFromRun:
             "triton": "3",
         }
         config = {"model": MODEL, "data": {"seq_len": 2048, "mask_documents": True}}
-        lines = [{"kind": "run", "first_step": first_step, "config": config, **where, **run}]
+        lines = [{"kind": "run", "first_step": first_step, "config": config, "plan": {"ring": 2}, **where, **run}]
         for step, speed in steps:
             lines.append(
                 {
                     "kind": "step",
                     "step": step,
+                    "loss": 1.0 / (1 + step),
                     "tokens_per_second": speed,
                     "mfu": speed / 1000,
                     "mfu_dense": None,
@@ -257,6 +258,17 @@ class TestFromRun:
         assert {r.config for r in rows} == {f"{count / 1e6:.2f}M parameters, 2k tokens, packed documents"}
         assert {(r.name, r.gpus, r.gpu, r.commit) for r in rows} == {("train/here", 2, "GPU X", "abc")}
         assert "train/here" in capsys.readouterr().out
+
+    def test_first_losses_and_the_commit_of_a_copy_without_history(self, tmp_path):
+        self.write(tmp_path / "run", [(0, 1.0), (1, 2.0), (2, 300.0)])
+        words = ["--from-run", str(tmp_path / "run"), "--results", str(tmp_path), "--commit", "feed"]
+        assert main([*words, "--losses", "2"]) == 0
+        rows = read(tmp_path / "losses.csv")
+        assert [(r.name, r.metric, r.unit) for r in rows] == [
+            ("losses/ring 2", f"loss of step {step}", "nats/token") for step in (0, 1)
+        ]
+        assert {r.commit for r in (*rows, *read(tmp_path / "training.csv"))} == {"feed"}
+        assert main([*words, "--losses", "9"]) == 2, "the run has fewer steps"
 
     def test_of_a_resumed_run_the_last_start_counts(self, tmp_path):
         self.write(tmp_path, [(0, 1.0), (1, 1.0), (2, 1.0)])
