@@ -138,6 +138,7 @@ def open_data(
         ring_world=plan.ring,
         ulysses_rank=coords.ulysses,
         ulysses_world=plan.ulysses,
+        sliding_window=config.model.sliding_window,
         seed=config.data.seed,
         shuffle=config.data.shuffle,
         mask_documents=config.data.mask_documents,

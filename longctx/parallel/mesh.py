@@ -96,7 +96,7 @@ class ParallelMesh:
             plan: dp may be left open; the world fills it in.
             device: where this process's tensors live. On CUDA it must be the current device.
             timeout: how long a rank waits for another before it fails.
-            grad_dtype: dtype of key and value gradients on the ring's wire. None: fp32, as they are accumulated.
+            grad_dtype: dtype of key and value gradients on the ring's wire. None: what `plan.grad_dtype` says.
 
         A plan for one process needs no `torch.distributed.init_process_group`.
 
@@ -115,7 +115,7 @@ class ParallelMesh:
             groups = _make_groups(plan, rank, device, timeout)
         ring = groups.get("ring")
         link = GroupLink(ring) if ring is not None else None
-        mesh = cls(plan, rank, device=device, groups=groups, link=link, grad_dtype=grad_dtype)
+        mesh = cls(plan, rank, device=device, groups=groups, link=link, grad_dtype=grad_dtype or plan.wire_dtype)
         mesh.exchange.warm_up(device)
         mesh.head_exchange.warm_up(device)
         return mesh
