@@ -24,7 +24,7 @@ TILE = 128
 # Blocks of `Balanced`: a rank has at least so many of them before they become as long as a tile, ...
 LEAST_ROUNDS = 8
 # ... and they are halved down to this where the work cannot be made even with longer ones.
-SHORTEST_BLOCK = 16
+SHORTEST_BLOCK = 8
 
 # Blocks are exchanged while a rank has more than this above its even share of the work; more would cost hops' balance.
 GOAL = 0.01
@@ -65,6 +65,7 @@ def balanced_blocks(mask: AttentionMask, world: int, seq_len: int) -> tuple[np.n
     rows = np.zeros(seq_len + 1, np.int64)
     lo, hi = mask.key_range(torch.arange(seq_len), seq_len)
     np.cumsum((hi - lo).reshape(-1, seq_len).sum(0).numpy(), out=rows[1:])
+    limit = (1 + PROMISE) * int(rows[-1]) / world
     block = TILE
     while block > 1 and share < LEAST_ROUNDS * block:
         block //= 2
@@ -74,27 +75,44 @@ def balanced_blocks(mask: AttentionMask, world: int, seq_len: int) -> tuple[np.n
         lengths[-1] = share - (rounds - 1) * block
         first = np.arange(rounds)[:, None] * block * world
         edges = first + np.arange(world + 1) * lengths[:, None]
-        held, load = _even_out(rows[edges[:, 1:]] - rows[edges[:, :-1]])
-        if block <= SHORTEST_BLOCK or int(load.max()) * world <= (1 + PROMISE) * int(rows[-1]):
+        work = rows[edges[:, 1:]] - rows[edges[:, :-1]]
+        held, load = _even_out(work, np.tile(np.arange(world), (rounds, 1)))
+        if int(load.max()) > limit:
+            held, load = _even_out(work, _largest_first(work))
+        if block <= SHORTEST_BLOCK or int(load.max()) <= limit:
             return first + held * lengths[:, None], lengths
         block //= 2
 
 
-def _even_out(work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _largest_first(work: np.ndarray) -> np.ndarray:
+    """Blocks dealt out with no regard for hops: of each round the largest to the rank with the least work so far, the rounds
+    with the largest differences first. For work so uneven that swaps alone do not end well.
+
+    Source: Graham 1969, "Bounds on multiprocessing timing anomalies", for one round of many.
+    """
+    held, load = np.empty_like(work), np.zeros(work.shape[1], np.int64)
+    for at in np.argsort(work.min(1) - work.max(1), kind="stable"):
+        ranks, blocks = np.argsort(load, kind="stable"), np.argsort(-work[at], kind="stable")
+        held[at, ranks] = blocks
+        load[ranks] += work[at, blocks]
+    return held
+
+
+def _even_out(work: np.ndarray, dealt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Who holds what, by swaps within a round.
 
     Args:
         work: int64 [rounds, world], of each block.
+        dealt: int64 [rounds, world], the block that each rank holds in each round at first.
 
     Returns:
-        held: int64 [rounds, world], the block that each rank holds in each round. load: int64 [world], their work.
+        held: the same afterwards. load: int64 [world], the ranks' work.
     """
     rounds, world = work.shape
-    held = np.tile(np.arange(world), (rounds, 1))
-    mine = work.copy()  # of the block that each rank holds
+    held, mine = dealt.copy(), np.take_along_axis(work, dealt, 1)
     load = mine.sum(0)
     goal = int(load.sum()) * (1 + GOAL) / world
-    # A swap that leaves no rank above the larger of two needs no second look; few are needed, and never more than this.
+    # Few swaps are needed; never more than this.
     for _ in range(4 * rounds * world):
         most = int(load.argmax())
         if load[most] <= goal:

@@ -37,7 +37,11 @@ LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module i
 # What a module must not import, at any depth of its code: (modules, forbidden packages, why).
 FORBIDDEN = (
     (("errors",), ("torch", "numpy", "longctx"), "errors are plain Python"),
-    (("shapes", "masks", "padding", "balance", "layout"), ("triton", "torch.distributed", "deepspeed"), "L0 is torch only"),
+    (
+        ("shapes", "masks", "padding", "balance", "layout"),
+        ("triton", "torch.distributed", "deepspeed"),
+        "L0 is torch only",
+    ),
     (("kernels",), ("torch.distributed", "deepspeed"), "a kernel knows of no other process"),
     (("parallel.plan", "parallel.schedule"), ("torch.distributed", "deepspeed"), "plans are decided without a GPU"),
     (
