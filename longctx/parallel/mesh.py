@@ -77,7 +77,7 @@ class ParallelMesh:
             for ranks in [_axis_ranks(plan, name, self.coords)]
         )
         self._link = link
-        self._grad_dtype = grad_dtype
+        self._grad_dtype = grad_dtype or plan.wire_dtype
         self._exchange: RingExchange | None = None
         self._head_exchange: HeadExchange | None = None
 
@@ -115,7 +115,7 @@ class ParallelMesh:
             groups = _make_groups(plan, rank, device, timeout)
         ring = groups.get("ring")
         link = GroupLink(ring) if ring is not None else None
-        mesh = cls(plan, rank, device=device, groups=groups, link=link, grad_dtype=grad_dtype or plan.wire_dtype)
+        mesh = cls(plan, rank, device=device, groups=groups, link=link, grad_dtype=grad_dtype)
         mesh.exchange.warm_up(device)
         mesh.head_exchange.warm_up(device)
         return mesh
