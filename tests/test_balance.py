@@ -46,7 +46,7 @@ PACKED = {
     "batch": (1 << 16, Documents((lognormal(1 << 16, 3), lognormal(1 << 16, 4))) & Causal()),
     "both_ways": (1 << 16, Documents(lognormal(1 << 16, 5))),
     # All the work in an eighth of the sequence.
-    "one_in_eight": (1 << 16, Documents((*range(30_000), 38_192, *range(38_193, (1 << 16) + 1))) & Causal()),
+    "one_in_eight": (1 << 16, Documents((*range(0, 30_001, 8), *range(38_192, (1 << 16) + 1, 8))) & Causal()),
 }
 
 
