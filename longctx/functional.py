@@ -201,7 +201,16 @@ def ring_attention(
             f"{mesh.prefix} meta is of a part of a ring shard, cut over {meta.ulysses_world} Ulysses ranks\n"
             "       use context_parallel_attention, which puts the ring shard together first"
         )
+    _check_agreement(q, k, meta, mesh)
     return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, return_lse)
+
+
+def _check_agreement(q: Tensor, k: Tensor, meta: SequenceMeta, mesh: ParallelMesh) -> None:
+    """Before the first message: whether the ranks that share the sequence are about to send the same ones."""
+    if mesh.sp.size > 1:
+        _check_local(check_block(q, k, k), meta.mask, meta.ring_world * meta.ulysses_world, meta.seq_len)
+        schedule = RingSchedule.build(meta.mask, meta.layout, meta.ring_rank, meta.ring_world, meta.seq_len)
+        mesh.agreement.check(schedule, q, k)
 
 
 def _check_ring(meta: SequenceMeta, mesh: ParallelMesh) -> None:
@@ -240,7 +249,7 @@ def _over_ring(
         sinks,
         kernel,
         return_lse,
-        exchange=mesh.exchange.handle,
+        exchange=mesh.ring_handle,
     )
 
 
@@ -293,7 +302,7 @@ def ulysses_attention(
             f"ulysses rank {mesh.ulysses.rank} of {mesh.ulysses.size}\n"
             "       make it with SequenceMeta.of(..., ulysses_rank=mesh.ulysses.rank, ulysses_world=mesh.ulysses.size)"
         )
-    world, exchange = mesh.ulysses.size, mesh.head_exchange.handle
+    world, exchange = mesh.ulysses.size, mesh.head_handle
     axes = check_block(q, k, v)
     # All that can be wrong is said before the first message, with the numbers that the caller knows.
     _check_local(axes, meta.mask, meta.ring_world * world, meta.seq_len)
@@ -303,6 +312,7 @@ def ulysses_attention(
         check_sinks(sinks, q)
         # Rank j attends with the j-th share of the heads.
         sinks = sinks.unflatten(0, (world, -1))[mesh.ulysses.rank]
+    _check_agreement(q, k, meta, mesh)
     q, k, v = to_heads(q, k, v, world=world, exchange=exchange)
     result = _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, return_lse)
     out, lse = result if isinstance(result, tuple) else (result, None)
