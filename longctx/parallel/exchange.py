@@ -224,9 +224,7 @@ class HeadExchange:
         bytes_sent: payload of all messages to others so far.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup | None, *, prefix: str = "", journal: Journal | None = None
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, *, prefix: str = "", journal: Journal | None = None) -> None:
         self._group = group
         self.journal = Journal() if journal is None else journal
         self._prefix = prefix

@@ -24,6 +24,8 @@ _T = TypeVar("_T")
 
 # So many messages a GPU may be behind before each new one asks whether the oldest has arrived.
 REMEMBERED = 256
+# More messages than an operation has.
+_ALL = 1 << 30
 
 
 @dataclass(slots=True, eq=False)
@@ -131,6 +133,7 @@ class Journal:
         self._layer: int | None = None
         self._call = 0
         self._index = 0
+        self._is_over = False
         self._last: Message | None = None
         # Posted and not known to have arrived, in the order of posting.
         self._open: dict[int, Message] = {}
@@ -146,6 +149,7 @@ class Journal:
         self._layer = layer
         self._call += 1
         self._index = 0
+        self._is_over = False
 
     def post(self, what: str, *, to: tuple[int, ...], source: tuple[int, ...], num_bytes: int) -> Message:
         """A message starts.
@@ -190,7 +194,8 @@ class Journal:
             self._span = _Span(count_flops(), _Moment.now(self._is_cuda))
 
     def end_attention(self) -> None:
-        """It has computed. An operation that failed never comes here, and is not counted."""
+        """It has posted and computed all it has to. An operation that failed never comes here, and is not counted."""
+        self._is_over = True
         span, self._span = self._span, None
         if span is not None:
             span.end = _Moment.now(self._is_cuda)
@@ -219,7 +224,8 @@ class Journal:
         last = self._last
         if here is None:
             text = "" if last is None else f"last message, arrived: {last}"
-            return Standing(self._call, self._index, False, text)
+            # Rings of other sequences may have made fewer hops: done is done.
+            return Standing(self._call, _ALL if self._is_over else self._index, False, text)
         if not here.is_waited_for():
             text = f"computing, with a message on its way: {here}"
         else:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -132,12 +133,16 @@ class ParallelMesh:
             groups = _make_groups(plan, rank, device, timeout)
         ring = groups.get("ring")
         link = GroupLink(ring) if ring is not None else None
-        store = None
-        if groups.get("sp") is not None:
-            # A connection of its own: what waits there stands in nobody's way. The group's name is of this mesh alone.
-            store = dist.PrefixStore(f"longctx/{groups['sp'].group_name}", dist.distributed_c10d._get_default_store().clone())
+        sp = groups.get("sp")
         mesh = cls(
-            plan, rank, device=device, groups=groups, link=link, grad_dtype=grad_dtype, store=store, timeout=timeout
+            plan,
+            rank,
+            device=device,
+            groups=groups,
+            link=link,
+            grad_dtype=grad_dtype,
+            store=None if sp is None else _store_of(sp),
+            timeout=timeout,
         )
         mesh.exchange.warm_up(device)
         mesh.head_exchange.warm_up(device)
@@ -176,6 +181,13 @@ class ParallelMesh:
 
     def __repr__(self) -> str:
         return f"ParallelMesh({self.prefix} of {self.plan})"
+
+
+def _store_of(group: dist.ProcessGroup) -> dist.Store:
+    """Where the ranks of `group`, and no others, can leave each other notes."""
+    # A connection of its own: who waits on it stands in nobody's way.
+    store: Any = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"longctx/{group.group_name}", store.clone())
 
 
 def _wants_one(plan: ParallelPlan) -> bool:

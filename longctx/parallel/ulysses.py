@@ -69,7 +69,9 @@ def to_heads(q: Tensor, k: Tensor, v: Tensor, *, world: int, exchange: str) -> t
         q: "b (u s) (h/u) d"; k, v: "b (u s) (max(hk, u)/u) d". Strided, with a unit last stride.
     """
     packed = [x.unflatten(2, (world, -1)).movedim(2, 0) for x in (q, repeat_heads(k, world), repeat_heads(v, world))]
-    received = ALL_TO_ALL_OP(torch.cat(packed, 3), exchange, "forward, Q/K/V to heads")  # [u, b, s, heads of q, k and v, d]
+    received = ALL_TO_ALL_OP(
+        torch.cat(packed, 3), exchange, "forward, Q/K/V to heads"
+    )  # [u, b, s, heads of q, k and v, d]
     whole = received.movedim(0, 1).flatten(1, 2)  # u b s n d -> b (u s) n d
     q, k, v = whole.split([x.shape[3] for x in packed], 2)
     return q, k, v
