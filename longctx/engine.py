@@ -213,7 +213,10 @@ class TrainEngine:
             DistributedError: the processes do not agree about the step.
         """
         loss = self.accumulate(step, micro_batches)
-        accounts = self._accounts()
+        accounts, journal = None, self.mesh.journal
+        if journal.is_measuring:
+            # The loss has come to the host, so all attention of the step is over: no measurement is waited for.
+            accounts = self._gather(torch.tensor(tells(journal.take()), dtype=torch.float64, device=self.mesh.device))
         result = self.update(step, loss, cursor=micro_batches[0].cursor)
         # The norm has come to the host since, so these have too.
         return result if accounts is None else replace(result, telemetry=StepTelemetry.of(accounts.tolist()))
@@ -223,6 +226,7 @@ class TrainEngine:
         expected = self.config.accumulation_steps
         assert len(micro_batches) == expected, f"{len(micro_batches)} micro-batches for {expected} accumulation steps"
         self.ds.train()
+        self.mesh.journal.discard()
         first = micro_batches[0]
         if not first.num_target_tokens:
             raise DataError(
@@ -275,12 +279,6 @@ class TrainEngine:
         self.ds.train(was_training)
         loss, targets = self._gather(total).sum(0).tolist()
         return loss / targets if targets else math.nan
-
-    def _accounts(self) -> torch.Tensor | None:
-        """What each rank measured of this step, on the device. Its loss is on the host, so no measurement is waited for."""
-        if not self.mesh.journal.is_measuring:
-            return None
-        return self._gather(torch.tensor(tells(self.mesh.journal.take()), dtype=torch.float64, device=self.mesh.device))
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The whole gradient of each parameter in fp32, between `accumulate` and `update`. For inspection and tests."""

@@ -48,7 +48,9 @@ def test_a_rank_frozen_in_a_hop(tmp_path):
     assert re.match(rf"step {STEP}, computing .*last heard \d+ s ago", step)
     assert f"layer {LAYER}, {FORWARD} (to rank 2, from rank 0)" in messages, report
     for rank in (0, 2):
-        assert re.match(rf"waiting for \d+ s: layer {LAYER}, backward, .*from rank", standing_of(rank, report)[1]), report
+        assert re.match(rf"waiting for \d+ s: layer {LAYER}, backward, .*from rank", standing_of(rank, report)[1]), (
+            report
+        )
 
 
 def test_a_rank_stuck_in_a_hop_is_the_one_that_is_behind(tmp_path):

@@ -123,8 +123,8 @@ class Journal:
         device: where its tensors live.
 
     Attributes:
-        is_measuring: whether times are taken for `take`. Without it a GPU still records one event a message, so that a
-            hang can be explained.
+        is_measuring: whether times are kept for `take`. Without it a GPU still records two events a message, without
+            times, so that a hang can be explained.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -172,39 +172,41 @@ class Journal:
 
     def wait(self, message: Message, arrive: Callable[[], _T]) -> _T:
         """Wait for `message` by calling `arrive`, which blocks, or on a GPU makes the current stream wait."""
+        begin = _Moment.now(self._is_cuda, is_timed=self.is_measuring)
+        message._reached = begin.event
         message.waiting_since = time.monotonic()
-        begin = _Moment.now(self._is_cuda) if self.is_measuring else None
-        if begin is not None:
-            message._reached = begin.event
         result = arrive()
-        if self._is_cuda:
-            end = _Moment.now(True, is_timed=begin is not None)
-            message._arrived = end.event
-        else:
-            end = _Moment.now(False)
+        end = _Moment.now(self._is_cuda, is_timed=self.is_measuring)
+        message._arrived = end.event
+        if not self._is_cuda:
             message.has_arrived = True
             self._open.pop(message.number, None)
-        if begin is not None:
+        if self.is_measuring:
             self._waits.append((begin, end, self._span is not None))
         return result
 
     def begin_attention(self, count_flops: Callable[[], float]) -> None:
         """An attention operation starts to compute: `count_flops` gives its floating-point operations in this process."""
         if self.is_measuring:
-            self._span = _Span(count_flops(), _Moment.now(self._is_cuda))
+            self._span = _Span(count_flops(), _Moment.now(self._is_cuda, is_timed=True))
 
     def end_attention(self) -> None:
         """It has posted and computed all it has to. An operation that failed never comes here, and is not counted."""
         self._is_over = True
         span, self._span = self._span, None
         if span is not None:
-            span.end = _Moment.now(self._is_cuda)
+            span.end = _Moment.now(self._is_cuda, is_timed=True)
             self._spans.append(span)
+
+    def discard(self) -> None:
+        """Forget what was measured since the last call of `take`, without waiting for any of it."""
+        self._waits, self._spans = [], []
+        self._bytes = self._messages = 0
 
     def take(self) -> Account:
         """What was measured since the last call. On a GPU it waits for all of it, so call it once the device is done."""
-        waits, spans, self._waits, self._spans = self._waits, self._spans, [], []
-        sent, messages, self._bytes, self._messages = self._bytes, self._messages, 0, 0
+        waits, spans, sent, messages = self._waits, self._spans, self._bytes, self._messages
+        self.discard()
         stood = [(begin.until(end), is_inside) for begin, end, is_inside in waits]
         inside = sum(seconds for seconds, is_inside in stood if is_inside)
         spent = sum(span.begin.until(span.end) for span in spans if span.end is not None)
@@ -254,7 +256,7 @@ class _Moment:
     event: torch.cuda.Event | None = None
 
     @staticmethod
-    def now(is_cuda: bool, *, is_timed: bool = True) -> _Moment:
+    def now(is_cuda: bool, *, is_timed: bool) -> _Moment:
         if not is_cuda:
             return _Moment(time.perf_counter())
         event = torch.cuda.Event(enable_timing=is_timed)
