@@ -42,6 +42,7 @@ def test_a_rank_killed_in_a_hop(what, tmp_path):
 def test_a_rank_frozen_in_a_hop(tmp_path):
     codes, logs, took = train_until_it_happens(tmp_path, "freeze", FORWARD)
     assert codes == [1, -signal.SIGKILL, 1], f"the frozen rank is ended too:\n{logs}"
+    assert took < 60, "train.timeout_s, and what starting takes on a busy machine"
     report = one_report(logs)
     assert re.search(rf"{NAME} stopped answering at step {STEP}", report)
     step, messages = standing_of(VICTIM, report)
