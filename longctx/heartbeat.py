@@ -21,7 +21,7 @@ class Heartbeat:
 
     Args:
         count: grows with each beat.
-        step, phase: where its main thread is; `age` seconds since either changed.
+        step, phase: where its main thread is; `age` seconds since either changed or a message was the last to arrive.
         marks: how often they changed. Ranks run the same program: the one with the fewest is the one others wait for.
         where: innermost line of this package that its main thread is in.
         call, message, is_waiting, messages: where it is in its communication: `longctx.parallel.journal.Standing`.

@@ -240,7 +240,8 @@ class Watchdog:
             step=at.step,
             phase=at.phase,
             marks=at.marks,
-            age=time.monotonic() - at.since if at.may_hang else 0.0,
+            # Of a step of many minutes, messages that go on arriving are the sign of life.
+            age=min(time.monotonic() - at.since, standing.age) if at.may_hang else 0.0,
             where=self._where(),
             call=standing.call,
             message=standing.message,

@@ -13,9 +13,11 @@ message starts, `wait` where it is waited for.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -85,12 +87,14 @@ class Standing:
         call, message: the attention operation it is in and the message of it that is next to arrive, both counted up.
         is_waiting: whether it stands still for that message; a process that does is ahead of one that works.
         text: the same for people; empty before the first message.
+        age: seconds for which it has not changed, as far as anybody asked.
     """
 
     call: int = 0
     message: int = 0
     is_waiting: bool = False
     text: str = ""
+    age: float = math.inf
 
     @property
     def order(self) -> tuple[int, int, bool]:
@@ -128,7 +132,11 @@ class Journal:
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._is_cuda = torch.device(device).type == "cuda"
+        device = torch.device(device)
+        self._is_cuda = device.type == "cuda"
+        if self._is_cuda and device.index is None and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._device = device
         self.is_measuring = False
         self._layer: int | None = None
         self._call = 0
@@ -138,6 +146,7 @@ class Journal:
         # Posted and not known to have arrived, in the order of posting.
         self._open: dict[int, Message] = {}
         self._posted = 0
+        self._stood: tuple[tuple[int, int, bool] | None, float] = (None, 0.0)
         self._span: _Span | None = None
         self._waits: list[tuple[_Moment, _Moment, bool]] = []
         self._spans: list[_Span] = []
@@ -220,6 +229,16 @@ class Journal:
 
     def standing(self) -> Standing:
         """Where this process is now. For another thread; never waits."""
+        if self._device.index is not None and self._is_cuda:
+            # A thread that has not chosen its device would open a context on the first one, memory and all.
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.set_device(self._device)
+        standing, now = self._standing(), time.monotonic()
+        if self._stood[0] != standing.order:
+            self._stood = (standing.order, now)
+        return replace(standing, age=now - self._stood[1])
+
+    def _standing(self) -> Standing:
         self._forget(is_thorough=True)
         waiting = list(self._open.values())
         here = next((m for m in waiting if m.is_waited_for()), waiting[0] if waiting else None)

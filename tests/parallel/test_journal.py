@@ -286,6 +286,22 @@ def test_a_device_that_failed_is_no_error_here(monkeypatch):
     assert "forward" in journal.standing().text
 
 
+def test_the_age_of_a_standing_is_that_of_its_last_change(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    journal = Journal()
+    assert journal.standing().age == 0
+    now[0] += 5
+    assert journal.standing().age == 5
+    journal.enter(0)
+    message = journal.post("forward", to=(1,), source=(1,), num_bytes=1)
+    assert journal.standing().age == 0
+    now[0] += 7
+    assert journal.standing().age == 7
+    journal.wait(message, lambda: None)
+    assert journal.standing().age == 0
+
+
 @pytest.mark.gpu
 def test_events_of_a_real_gpu_measure_the_kernels():
     def worker(mesh):
