@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import DistributedError
-from longctx.parallel.journal import Journal, Message
+from longctx.parallel.journal import Journal
 
 # The only registry of live objects in this package. A custom op takes tensors, numbers and strings, so it names its
 # exchange by a handle. Entries go with their meshes.
@@ -70,8 +70,6 @@ class GroupLink:
 class Rotation:
     """A message on its way. `wait` once, before reading the result or writing to what was sent."""
 
-    _message: Message
-    _journal: Journal
     _tensor: torch.Tensor
     # Keeps the memory of what is being sent until it is gone.
     _sent: torch.Tensor
@@ -85,7 +83,7 @@ class Rotation:
             DistributedError: the peer died, or did not answer in time.
         """
         try:
-            self._journal.wait(self._message, self._wait)
+            self._wait()
         except RuntimeError as error:
             raise self._failed(error) from error
         return self._tensor
@@ -162,11 +160,11 @@ class RingExchange:
         peers = self._link.peers
         message = self.journal.post(what, to=(peers[to],), source=(peers[source],), num_bytes=num_bytes)
         try:
-            wait = self._link.swap(tensor, received, to=to, source=source)
+            arrive = self._link.swap(tensor, received, to=to, source=source)
         except RuntimeError as error:
             raise failed(error) from error
         self.bytes_sent += num_bytes
-        return Rotation(message, self.journal, received, tensor, wait, failed)
+        return Rotation(received, tensor, lambda: self.journal.wait(message, arrive), failed)
 
     def warm_up(self, device: torch.device) -> None:
         """Send one number each way round, so that connections are made now, in the same order on all ranks.
@@ -230,6 +228,7 @@ class HeadExchange:
         self._prefix = prefix
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world = dist.get_world_size(group) if group is not None else 1
+        self._peers = tuple(dist.get_process_group_ranks(group)) if group is not None else (0,)
         self.bytes_sent = 0
         self.handle = ""
         if group is not None:
@@ -255,8 +254,7 @@ class HeadExchange:
             return message.clone()
         received = torch.empty_like(message)
         num_bytes = message.numel() * message.element_size() // self.world * (self.world - 1)
-        ranks = tuple(dist.get_process_group_ranks(self._group))
-        note = self.journal.post(what, to=ranks, source=ranks, num_bytes=num_bytes)
+        note = self.journal.post(what, to=self._peers, source=self._peers, num_bytes=num_bytes)
         try:
             # As bytes: gloo does not know every dtype.
             self.journal.wait(
@@ -265,7 +263,7 @@ class HeadExchange:
         except RuntimeError as error:
             layer = "" if note.layer is None else f"layer {note.layer}, "
             raise DistributedError(
-                f"{self._prefix} {layer}{what}: all-to-all among the ranks {list(ranks)} failed: {error}\n"
+                f"{self._prefix} {layer}{what}: all-to-all among the ranks {list(self._peers)} failed: {error}\n"
                 "       one of them died, hangs, or is at another place of the program: look for the first error among "
                 "all ranks"
             ) from error

@@ -146,6 +146,7 @@ class ParallelMesh:
         )
         mesh.exchange.warm_up(device)
         mesh.head_exchange.warm_up(device)
+        mesh.journal.discard()
         return mesh
 
     @property
