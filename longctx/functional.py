@@ -191,7 +191,7 @@ def ring_attention(
     Raises:
         ShapeError: as `attention`; or the shard is not the one that `meta` describes, or `meta` is not of this mesh.
         KernelError: as `attention`.
-        DistributedError: another rank of the ring died or did not answer in time.
+        DistributedError: another rank of the ring died or did not answer in time, or is about to attend differently.
 
     Source: Liu et al. 2023 (arXiv 2310.01889).
     """
@@ -201,14 +201,14 @@ def ring_attention(
             f"{mesh.prefix} meta is of a part of a ring shard, cut over {meta.ulysses_world} Ulysses ranks\n"
             "       use context_parallel_attention, which puts the ring shard together first"
         )
-    _check_agreement(q, k, meta, mesh)
+    _check_agreement(q, k, v, meta, mesh)
     return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, return_lse)
 
 
-def _check_agreement(q: Tensor, k: Tensor, meta: SequenceMeta, mesh: ParallelMesh) -> None:
+def _check_agreement(q: Tensor, k: Tensor, v: Tensor, meta: SequenceMeta, mesh: ParallelMesh) -> None:
     """Before the first message: whether the ranks that share the sequence are about to send the same ones."""
     if mesh.sp.size > 1:
-        _check_local(check_block(q, k, k), meta.mask, meta.ring_world * meta.ulysses_world, meta.seq_len)
+        _check_local(check_block(q, k, v), meta.mask, meta.ring_world * meta.ulysses_world, meta.seq_len)
         schedule = RingSchedule.build(meta.mask, meta.layout, meta.ring_rank, meta.ring_world, meta.seq_len)
         mesh.agreement.check(schedule, q, k)
 
@@ -291,7 +291,7 @@ def ulysses_attention(
     Raises:
         ShapeError: as `ring_attention`; or the heads cannot be divided.
         KernelError: as `attention`.
-        DistributedError: another rank died or did not answer in time.
+        DistributedError: another rank died or did not answer in time, or is about to attend differently.
 
     Source: Jacobs et al. 2023 (arXiv 2309.14509); around a ring, Fang and Zhao 2024 (arXiv 2405.07719).
     """
@@ -312,7 +312,7 @@ def ulysses_attention(
         check_sinks(sinks, q)
         # Rank j attends with the j-th share of the heads.
         sinks = sinks.unflatten(0, (world, -1))[mesh.ulysses.rank]
-    _check_agreement(q, k, meta, mesh)
+    _check_agreement(q, k, v, meta, mesh)
     q, k, v = to_heads(q, k, v, world=world, exchange=exchange)
     result = _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, return_lse)
     out, lse = result if isinstance(result, tuple) else (result, None)

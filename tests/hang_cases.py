@@ -19,7 +19,8 @@ from longctx.trainer import Trainer
 
 WORLD = 3
 VICTIM = 1
-TIMEOUT_S = 10.0
+# A healthy rank of a busy machine may be silent for some seconds while it starts.
+TIMEOUT_S = 20.0
 # It happens in this step, in this layer, at this message.
 STEP = 2
 LAYER = 1
@@ -84,8 +85,8 @@ def _rank_main(rank: int, port: int, config: Path, case: str, what: str, folder:
     os._exit(code)
 
 
-def train_until_it_happens(folder: Path, case: str, what: str) -> tuple[list[int | None], list[str], float]:
-    """Exit codes and outputs of the ranks, and for how long they ran."""
+def train_until_it_happens(folder: Path, case: str, what: str) -> tuple[list[int | None], list[str]]:
+    """Exit codes and outputs of the ranks."""
     # Forked from a process that has imported everything once.
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "longctx.engine", "deepspeed"])
@@ -94,17 +95,15 @@ def train_until_it_happens(folder: Path, case: str, what: str) -> tuple[list[int
         context.Process(target=_rank_main, args=(rank, port, config, case, what, folder), daemon=True)
         for rank in range(WORLD)
     ]
-    start = time.monotonic()
     try:
         for process in processes:
             process.start()
-        deadline = start + 90
+        deadline = time.monotonic() + 120
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
-        took = time.monotonic() - start
         codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.join()
-    return codes, [(folder / f"log{rank}").read_text() for rank in range(WORLD)], took
+    return codes, [(folder / f"log{rank}").read_text() for rank in range(WORLD)]

@@ -27,7 +27,7 @@ def one_report(logs):
 
 @pytest.mark.parametrize("what", [FORWARD, BACKWARD], ids=["forward", "backward"])
 def test_a_rank_killed_in_a_hop(what, tmp_path):
-    codes, logs, _ = train_until_it_happens(tmp_path, "kill", what)
+    codes, logs = train_until_it_happens(tmp_path, "kill", what)
     assert codes[VICTIM] == -signal.SIGKILL, logs
     assert [code for r, code in enumerate(codes) if r != VICTIM] == [1, 1], logs
     report = one_report(logs)
@@ -40,9 +40,8 @@ def test_a_rank_killed_in_a_hop(what, tmp_path):
 
 
 def test_a_rank_frozen_in_a_hop(tmp_path):
-    codes, logs, took = train_until_it_happens(tmp_path, "freeze", FORWARD)
+    codes, logs = train_until_it_happens(tmp_path, "freeze", FORWARD)
     assert codes == [1, -signal.SIGKILL, 1], f"the frozen rank is ended too:\n{logs}"
-    assert took < 60, "train.timeout_s, and what starting takes on a busy machine"
     report = one_report(logs)
     assert re.search(rf"{NAME} stopped answering at step {STEP}", report)
     step, messages = standing_of(VICTIM, report)
@@ -56,7 +55,7 @@ def test_a_rank_frozen_in_a_hop(tmp_path):
 
 def test_a_rank_stuck_in_a_hop_is_the_one_that_is_behind(tmp_path):
     """All three are alive and in the same phase: only their messages tell them apart."""
-    codes, logs, _ = train_until_it_happens(tmp_path, "stick", FORWARD)
+    codes, logs = train_until_it_happens(tmp_path, "stick", FORWARD)
     assert codes == [1, 1, 1], logs
     report = one_report(logs)
     assert re.search(rf"{NAME} hangs at step {STEP}: no progress for .*train.timeout_s = {TIMEOUT_S:g}", report), report
