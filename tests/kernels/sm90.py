@@ -6,6 +6,8 @@ standard input and writes what ptxas says about each kernel to standard output.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -17,7 +19,6 @@ from contextlib import contextmanager
 
 import torch
 
-KINDS = ("full", "causal", "window", "rows")
 KERNELS = ("forward", "dq", "dkdv")
 
 
@@ -41,18 +42,24 @@ class _NoDriver:
 
 @contextmanager
 def compile_only(capability: int = 90):
-    """Inside, launching a kernel only compiles it; yields the list that compiled kernels are put in."""
+    """Inside, launching a kernel only compiles it; yields the list of (name, compiled kernel, log of ptxas)."""
     import triton
     from triton.runtime.jit import JITFunction
 
     assert not triton.knobs.runtime.interpret, "kernels made for the interpreter cannot be compiled"
+    # ptxas says what it did only when it runs: nothing is taken from the cache on the disk.
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True
     compiled = []
     run = JITFunction.run
 
     def warm_up(self, *args, grid, warmup, **kwargs):
         # Kernels are remembered per device number, not per target.
         self.device_caches.clear()
-        compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.__name__, kernel, log.getvalue()))
 
     triton.runtime.driver.set_active(_NoDriver(capability))
     JITFunction.run = warm_up
@@ -75,72 +82,101 @@ def key_range(kind: str, s: int):
 
 
 def compile_job(job: dict) -> dict:
-    """Compile one kernel; `job`: kernel, head_dim, dtype, kind, carry, tile (fields of `Tile`), s, b, h, hk, capability (90),
-    softcap (0).
+    """Compile what one job launches, on tensors without storage.
 
-    Returns the job with registers, spill_bytes, shared, num_wgmma and warnings of ptxas, or with `error`.
+    Args:
+        job: of the portable kernels: kernel, tile (fields of `Tile`), head_dim, dtype, kind, carry, s, b, h, hk, capability (90),
+            softcap (0). Of a kernel written for Hopper: the fields of `Shipped`, and `registry`, its name in the registry.
+
+    Returns:
+        The job with `kernels`, a report of each kernel that was launched; or with `error`.
     """
+    launch = _launch_shipped if "registry" in job else _launch_portable
+    with compile_only(job.get("capability", 90)) as compiled:
+        try:
+            launch(job)
+        except Exception as error:
+            return {**job, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
+    return {**job, "kernels": [_report(*of_kernel) for of_kernel in compiled]}
+
+
+def _launch_portable(job: dict) -> None:
     from longctx.kernels import SoftmaxState
     from longctx.kernels.triton_attention import TritonAttention
     from longctx.kernels.tuning import Tile, Tiles
 
     tile = Tile(**job["tile"])
+    q, k, lse, acc_q, acc_k = _block(job)
+    attention = TritonAttention(Tiles(tile, tile, tile))
+    visible = key_range(job["kind"], job["s"])
+    options = {"scale": job["head_dim"] ** -0.5, "softcap": job.get("softcap", 0.0)}
+    if job["kernel"] == "forward":
+        state = SoftmaxState(acc_q, lse) if job["carry"] else None
+        attention.forward(q, k, k, visible, **options, state=state)
+    elif job["kernel"] == "dq":
+        attention.add_dq(q, q, k, k, lse, lse, visible, **options, dq_acc=acc_q)
+    else:
+        attention.add_dkdv(q, q, k, k, lse, lse, visible, **options, dk_acc=acc_k, dv_acc=acc_k)
+
+
+def _launch_shipped(job: dict) -> None:
+    """Through the contract, as the library launches it."""
+    from longctx.kernels import SoftmaxState, get_kernel
+
+    attention = get_kernel(job["registry"])
+    if job["deterministic"]:
+        attention = type(attention)(deterministic=True)
+    names = {"b": "batch", "s": "seq_len", "h": "heads", "hk": "kv_heads"}
+    q, k, lse, acc_q, acc_k = _block({**job, **{short: job[name] for short, name in names.items()}})
+    visible = key_range(job["kind"], job["seq_len"])
+    options = {"scale": job["head_dim"] ** -0.5, "softcap": job["softcap"]}
+    if job["direction"] == "forward":
+        state = SoftmaxState(acc_q, lse) if job["carry"] else None
+        attention.forward(q, k, k, visible, **options, state=state, final=job["final"])
+        return
+    into = torch.empty_like(k) if job["fresh"] else acc_k
+    attention.backward(
+        q, q, k, k, lse, lse, visible, **options, out=q, dq_acc=acc_q, dk_acc=into, dv_acc=into, fresh=job["fresh"]
+    )
+
+
+def _block(job: dict) -> tuple[torch.Tensor, ...]:
+    """q, k, lse, and fp32 accumulators of both, without storage."""
     b, s, h, hk, d = (job[x] for x in ("b", "s", "h", "hk", "head_dim"))
     q = torch.empty(b, s, h, d, dtype=getattr(torch, job["dtype"]), device="meta")
-    k = v = torch.empty(b, s, hk, d, dtype=q.dtype, device="meta")
-    lse = torch.empty(b, h, s, device="meta")
-    acc_q, acc_k = torch.empty(q.shape, device="meta"), torch.empty(k.shape, device="meta")
-    attention = TritonAttention(Tiles(tile, tile, tile))
-    visible = key_range(job["kind"], s)
-    capability = job.get("capability", 90)
-    options = {"scale": d**-0.5, "softcap": job.get("softcap", 0.0)}
-    with compile_only(capability) as compiled:
-        try:
-            if job["kernel"] == "forward":
-                state = SoftmaxState(acc_q, lse) if job["carry"] else None
-                attention.forward(q, k, v, visible, **options, state=state)
-            elif job["kernel"] == "dq":
-                attention.add_dq(q, q, k, v, lse, lse, visible, **options, dq_acc=acc_q)
-            else:
-                attention.add_dkdv(q, q, k, v, lse, lse, visible, **options, dk_acc=acc_k, dv_acc=acc_k)
-        except Exception as error:
-            return {**job, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
-    ((_, kernel),) = compiled
+    k = torch.empty(b, s, hk, d, dtype=q.dtype, device="meta")
+    return (q, k, *(torch.empty(shape, device="meta") for shape in ((b, h, s), q.shape, k.shape)))
+
+
+def _report(name: str, kernel, log: str) -> dict:
+    """One kernel: registers, spilled bytes, spills inside the loops that matter, matrix instructions and how many of them
+    stay in flight at its waits, and the warnings that tell of serialised ones."""
     ptx = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        loops = matrix_loops(_disassemble(cubin.name))
+    spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    assert spill and registers, f"not a log of ptxas: {log}"
     return {
-        **job,
-        **_assemble(ptx, capability),
+        "name": name,
+        "registers": int(registers.group(1)),
+        "spill_bytes": max(map(int, spill.groups())),
+        "loops": loops,
+        "warnings": sorted({line for line in log.splitlines() if re.search(r"C75\d\d|error", line)}),
         "shared": kernel.metadata.shared,
         "num_wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "num_tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        "waits": sorted({int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", ptx)}),
     }
 
 
-def _assemble(ptx: str, capability: int) -> dict:
-    """What ptxas reports: registers, spilled bytes, spills inside the loops that matter, and the warnings that tell of
-    serialised matrix instructions."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, cubin = os.path.join(folder, "kernel.ptx"), os.path.join(folder, "kernel.cubin")
-        with open(source, "w") as f:
-            f.write(ptx)
-        text = _tool("ptxas", "-v", f"--gpu-name=sm_{capability}{'a' * (capability >= 90)}", source, "-o", cubin)
-        loops = matrix_loops(_tool("nvdisasm", "-c", cubin))
-    spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    registers = re.search(r"Used (\d+) registers", text)
-    return {
-        "registers": int(registers.group(1)) if registers else None,
-        "spill_bytes": max(map(int, spill.groups())) if spill else None,
-        "loops": loops,
-        "warnings": sorted({line for line in text.splitlines() if re.search(r"C75\d\d|error", line)}),
-    }
-
-
-def _tool(name: str, *args: str) -> str:
+def _disassemble(cubin: str) -> str:
     import triton.backends.nvidia
 
-    path = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", name)
-    done = subprocess.run([path, *args], capture_output=True, text=True)
-    return done.stdout + done.stderr
+    path = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "nvdisasm")
+    return subprocess.run([path, "-c", cubin], capture_output=True, text=True, check=True).stdout
 
 
 def matrix_loops(sass: str) -> list[dict]:
@@ -177,4 +213,7 @@ def compile_jobs(jobs: list[dict], workers: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    json.dump(compile_jobs(json.load(sys.stdin), int(sys.argv[1]) if len(sys.argv) > 1 else 2), sys.stdout)
+    import triton
+
+    reports = compile_jobs(json.load(sys.stdin), int(sys.argv[1]) if len(sys.argv) > 1 else 2)
+    json.dump({"triton": os.path.dirname(triton.__file__), "reports": reports}, sys.stdout)
