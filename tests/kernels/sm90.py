@@ -158,7 +158,8 @@ def _report(name: str, kernel, log: str) -> dict:
         loops = matrix_loops(_disassemble(cubin.name))
     spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
-    assert spill and registers, f"not a log of ptxas: {log}"
+    assert spill is not None, f"not a log of ptxas: {log}"
+    assert registers is not None, f"not a log of ptxas: {log}"
     return {
         "name": name,
         "registers": int(registers.group(1)),
