@@ -26,7 +26,7 @@ from longctx.parallel.schedule import CACHED_SCHEDULES, unpack_hops
 Hops = list[tuple[int, KeyRange]]
 
 # Kernels whose backward makes delta of out and dout, whatever delta it is given.
-_OWN_DELTA = ("cudnn",)
+_OWN_DELTA = ("cudnn", "flash4")
 
 
 @torch.library.custom_op(
