@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from longctx.errors import ConfigError, did_you_mean
 from longctx.kernels import kernel_names
@@ -96,6 +97,21 @@ _BLOCK_KINDS = {"causal": "causal", "full": "full", "window": "band", "docs": "r
 _ATTENTION_CASE = re.compile(r"\d+ x (?P<length>\w+), \d+/\d+ heads of (?P<head_dim>\d+), (?P<mask>[a-z]+)")
 
 
+class AttentionCase(NamedTuple):
+    """What the `config` of an attention measurement says: `1 x 32k, 32/8 heads of 128, causal`."""
+
+    head_dim: int
+    mask: str
+    length: int
+
+    @staticmethod
+    def of(row: Measurement) -> AttentionCase | None:
+        """None if the row is of something else."""
+        found = _ATTENTION_CASE.match(row.config)
+        length = parse_size(found["length"]) if found else None
+        return AttentionCase(int(found["head_dim"]), found["mask"], length) if found and length else None
+
+
 def kernel_rules(rows: Sequence[Measurement]) -> dict[tuple[int, int], Table]:
     """What `longctx.kernels.choice.MEASURED` should say by these measurements.
 
@@ -105,12 +121,12 @@ def kernel_rules(rows: Sequence[Measurement]) -> dict[tuple[int, int], Table]:
     speeds: dict[tuple, dict[str, dict[str, float]]] = {}
     for row in latest(rows):
         kernel = row.name.split("/", 1)[1] if row.name.startswith(("attention/", "sweep/")) else ""
-        case = _ATTENTION_CASE.match(row.config)
+        case = AttentionCase.of(row)
         if row.gpu not in _DECIDING_GPUS or kernel not in kernel_names() or case is None:
             continue
         if row.metric not in ("forward", "backward"):
             continue
-        shape = int(case["head_dim"]), _BLOCK_KINDS[case["mask"]], parse_size(case["length"])
+        shape = case.head_dim, _BLOCK_KINDS[case.mask], case.length
         by_kernel = speeds.setdefault((_DECIDING_GPUS[row.gpu], shape, row.metric), {})
         by_kernel.setdefault(kernel, {})[row.config] = row.value
     found: dict[tuple[int, int], Table] = {}
