@@ -13,13 +13,15 @@ import torch
 
 from longctx.bench_errors import ERROR_CASES, SMOKE_ERROR_CASES, CaseErrors, error_rows, error_table, measure_errors
 from longctx.bench_output import bound_row, plot, plot_sweep, rows_of, table
-from longctx.bench_timing import Budget, CaseResult, matmul_tflops, measure
+from longctx.bench_timing import WRONG, Budget, CaseResult, matmul_tflops, measure
 from longctx.errors import ConfigError, KernelError, LongCtxError, did_you_mean
 from longctx.kernels import kernel_names
 from longctx.peers import Case, Contender, contenders
 from longctx.predecessors import sweep_contenders
 from longctx.results import append, environment, read
 from longctx.settings import parse_size
+
+__all__ = ["WRONG", "case_arguments", "cases_of", "main", "measure"]
 
 # The shapes that attention papers and this project's anchors use, then packed documents and a window. About four minutes
 # on an H100 with every peer.
@@ -89,10 +91,8 @@ def _shape(text: str) -> tuple[int, int]:
     return _size(batch or "1"), _size(length)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line of `longctx bench`."""
-    top = argparse.ArgumentParser(prog="longctx bench", description=__doc__.splitlines()[0])
-    p = top.add_subparsers(dest="what", required=True).add_parser("attention", help="forward and backward TFLOP/s")
+def case_arguments(p: argparse.ArgumentParser) -> None:
+    """The arguments that say what to measure and where to put it; `cases_of` reads them."""
     p.add_argument("--shapes", nargs="+", type=_shape, metavar="BxS", help="batch x length, such as 4x8k 1x32k")
     p.add_argument("--dim", nargs="+", type=int, metavar="D", help="head dims (128)")
     p.add_argument("--heads", type=int, help="query heads (16)")
@@ -101,6 +101,15 @@ def parser() -> argparse.ArgumentParser:
     mask.add_argument("--mask", choices=["causal", "full", "docs", "window"], help="who sees whom (causal)")
     mask.add_argument("--causal", action="store_const", const="causal", dest="mask", help="the same as --mask causal")
     p.add_argument("--window", type=_size, default=4096, help="keys that --mask window shows (4k)")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="measure these only, such as triton fa2")
+    p.add_argument("--csv", type=Path, help="append the measurements to this file")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="draw them")
+    p.add_argument("--commit", help="of this code, where it has no git history")
+    p.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU: shows that it runs, times mean nothing")
+
+
+def _kind_arguments(p: argparse.ArgumentParser) -> None:
+    """What else than a few shapes' times may be asked for."""
     kind = p.add_mutually_exclusive_group()
     kind.add_argument(
         "--sweep", nargs="?", type=_size, const=1 << 20, metavar="LENGTH",
@@ -112,24 +121,26 @@ def parser() -> argparse.ArgumentParser:
         "--budget", type=float, metavar="SECONDS", default=20.0,
         help="skip a contender where a case would take it longer (20)",
     )  # fmt: skip
-    p.add_argument("--only", nargs="+", metavar="NAME", help="measure these only, such as triton fa2")
-    p.add_argument("--csv", type=Path, help="append the measurements to this file")
-    p.add_argument("--plot", type=Path, metavar="PNG", help="draw them")
-    p.add_argument("--commit", help="of this code, where it has no git history")
-    p.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU: shows that it runs, times mean nothing")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `longctx bench`."""
+    top = argparse.ArgumentParser(prog="longctx bench", description=__doc__.splitlines()[0])
+    p = top.add_subparsers(dest="what", required=True).add_parser("attention", help="forward and backward TFLOP/s")
+    case_arguments(p)
+    _kind_arguments(p)
     return top
 
 
-def _cases(args: argparse.Namespace) -> Sequence[Case]:
+def cases_of(args: argparse.Namespace, defaults: Sequence[Case]) -> Sequence[Case]:
+    """The cases that `case_arguments` ask for; `defaults` where they ask for none.
+
+    Raises:
+        ConfigError: the heads do not divide.
+    """
     given = (args.shapes, args.dim, args.heads, args.kv_heads, args.mask)
     if all(x is None for x in given):
-        if args.sweep:
-            return smoke_sweep() if args.smoke else sweep_cases(args.sweep)
-        if args.errors:
-            return SMOKE_ERROR_CASES if args.smoke else ERROR_CASES
-        return SMOKE_CASES if args.smoke else DEFAULT_CASES
-    if args.sweep:
-        raise ConfigError("--sweep has shapes of its own: leave --shapes, --dim, --heads, --kv-heads and --mask out")
+        return defaults
     heads = args.heads or 16
     kv_heads = args.kv_heads or heads
     if heads % kv_heads:
@@ -144,9 +155,22 @@ def _cases(args: argparse.Namespace) -> Sequence[Case]:
     ]  # fmt: skip
 
 
+def _cases(args: argparse.Namespace) -> Sequence[Case]:
+    if args.sweep is not None:
+        defaults: Sequence[Case] = smoke_sweep() if args.smoke else sweep_cases(args.sweep)
+        if cases_of(args, defaults) is not defaults:
+            raise ConfigError(
+                "--sweep has shapes of its own: leave --shapes, --dim, --heads, --kv-heads and --mask out"
+            )
+        return defaults
+    if args.errors:
+        return cases_of(args, SMOKE_ERROR_CASES if args.smoke else ERROR_CASES)
+    return cases_of(args, SMOKE_CASES if args.smoke else DEFAULT_CASES)
+
+
 def _entrants(args: argparse.Namespace) -> list[Contender]:
     ours = kernel_names() if args.smoke else tuple(n for n in kernel_names() if n != "reference")
-    found = sweep_contenders(ours) if args.sweep else contenders(ours)
+    found = contenders(ours) if args.sweep is None else sweep_contenders(ours)
     # Of a name that is in both lists, either is the same.
     known = {c.name: c for c in (*sweep_contenders(ours), *contenders(ours))}
     for name in args.only or ():
@@ -182,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
     if args.errors:
         return _run_errors(args, cases, entrants, device, dtype, title, where)
     print(f"{title}; TFLOP/s forward / backward, {str(dtype).removeprefix('torch.')}, median times\n", flush=True)
-    area, size = "sweep" if args.sweep else "attention", 256 if args.smoke else 8192
+    area, size = "attention" if args.sweep is None else "sweep", 256 if args.smoke else 8192
     bound = matmul_tflops(device, dtype, size)
     results: list[CaseResult] = []
     rows = [bound_row(bound, size, area, **where)]
@@ -199,7 +223,7 @@ def run(args: argparse.Namespace) -> int:
             # Case by case: what was measured is not lost when the rest is interrupted.
             append(args.csv, found)
     print(table(results, entrants, bound, with_both=args.sweep is not None))
-    if args.plot and args.sweep:
+    if args.plot and args.sweep is not None:
         plot_sweep(rows, {c.name: c.title for c in entrants}, args.plot)
     elif args.plot:
         plot(results, entrants, bound, args.plot, title)
