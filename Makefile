@@ -35,7 +35,7 @@ train: $(STAMP)
 $(NEWEST): | $(STAMP)
 	@rm -rf $@.part
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$(TRITON_NEWEST) && mv $@.part $@ || \
-	  { echo "triton $(TRITON_NEWEST) could not be installed: kernels are not compiled with it" >&2; test -z "$$CI"; }
+	  { rm -rf $@.part; echo "triton $(TRITON_NEWEST) could not be installed: kernels are not compiled with it" >&2; test -z "$$CI"; }
 
 test: $(STAMP) $(NEWEST)
 	$(BIN)/ruff check .
