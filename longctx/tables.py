@@ -50,6 +50,8 @@ _ATTENTION_COLUMNS = {
     "fa4": "FA4",
     "triton": "**ours: triton**",
     "cudnn": "**ours: around cuDNN**",
+    "flash4": "**ours: around FA4**",
+    "hopper": "**ours: Hopper**",
 }
 
 

@@ -433,3 +433,26 @@ def test_on_a_gpu_peers_and_ours_agree(mask):
     assert "triton" in result.tflops, result.refused
     assert "flex" in result.tflops, result.refused
     assert result.wrong == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("mask", ["causal", "full"])
+def test_on_a_gpu_predecessors_agree(mask, head_dim):
+    case = Case(batch=2, seq_len=1000, heads=2, kv_heads=2, head_dim=head_dim, mask=mask)
+    result = bench.measure(case, predecessors.sweep_contenders(("triton",)), torch.device("cuda"), torch.bfloat16)
+    assert {"standard", "fa1", "fa2", "triton"} <= set(result.tflops), result.refused
+    assert result.wrong == []
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_errors_are_those_of_rounding():
+    case = Case(batch=1, seq_len=1000, heads=4, kv_heads=2, head_dim=64, logits=50.0)
+    entrants = [c for c in peers.contenders(("triton", "cudnn")) if c.name != "flex"]
+    found = bench_errors.measure_errors(case, entrants, torch.device("cuda"), torch.bfloat16)
+    assert {"fa2", "cudnn-torch", "triton", "cudnn"} <= set(found.errors), found.refused
+    for errors in found.errors.values():
+        assert set(errors) == set(bench_errors.TENSORS)
+        assert errors["lse"] < 1e-4
+        assert max(errors.values()) < 2e-2
+    assert set(bench_errors.ratios(found, "triton")) == set(bench_errors.TENSORS)
