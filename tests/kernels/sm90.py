@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
@@ -63,10 +64,14 @@ def compile_only(capability: int = 90):
 
     triton.runtime.driver.set_active(_NoDriver(capability))
     JITFunction.run = warm_up
+    properties = torch.cuda.get_device_properties
+    # What a launcher may ask of the device: how many programs run side by side.
+    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(multi_processor_count=132)
     try:
         yield compiled
     finally:
         JITFunction.run = run
+        torch.cuda.get_device_properties = properties
 
 
 def key_range(kind: str, s: int):
@@ -85,22 +90,28 @@ def compile_job(job: dict) -> dict:
     """Compile what one job launches, on tensors without storage.
 
     Args:
-        job: of the portable kernels: kernel, tile (fields of `Tile`), head_dim, dtype, kind, carry, s, b, h, hk, capability (90),
-            softcap (0). Of a kernel written for Hopper: the fields of `Shipped`, and `registry`, its name in the registry.
+        job: kernel, head_dim, dtype, kind, carry, s, b, h, hk, softcap (0). Of the portable kernels "forward", "dq" and "dkdv"
+            also tile (fields of `Tile`) and capability (90); of "hopper_forward" final (False), of "hopper_backward" fresh and
+            deterministic (False).
 
     Returns:
-        The job with `kernels`, a report of each kernel that was launched; or with `error`.
+        The job with `triton`, where it was compiled, and `kernels`, a report of each kernel that was launched, or `error`. What
+        is said of a single kernel stands beside that as well.
     """
-    launch = _launch_shipped if "registry" in job else _launch_portable
+    import triton
+
+    done = {**job, "triton": os.path.dirname(triton.__file__)}
+    launch = _launch_hopper if job["kernel"].startswith("hopper") else _launch_portable
     with compile_only(job.get("capability", 90)) as compiled:
         try:
-            launch(job)
+            launch(job, {"scale": job["head_dim"] ** -0.5, "softcap": job.get("softcap", 0.0)})
         except Exception as error:
-            return {**job, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
-    return {**job, "kernels": [_report(*of_kernel) for of_kernel in compiled]}
+            return {**done, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
+    reports = [_report(*of_kernel) for of_kernel in compiled]
+    return {**done, **(reports[0] if len(reports) == 1 else {}), "kernels": reports}
 
 
-def _launch_portable(job: dict) -> None:
+def _launch_portable(job: dict, options: dict) -> None:
     from longctx.kernels import SoftmaxState
     from longctx.kernels.triton_attention import TritonAttention
     from longctx.kernels.tuning import Tile, Tiles
@@ -109,7 +120,6 @@ def _launch_portable(job: dict) -> None:
     q, k, lse, acc_q, acc_k = _block(job)
     attention = TritonAttention(Tiles(tile, tile, tile))
     visible = key_range(job["kind"], job["s"])
-    options = {"scale": job["head_dim"] ** -0.5, "softcap": job.get("softcap", 0.0)}
     if job["kernel"] == "forward":
         state = SoftmaxState(acc_q, lse) if job["carry"] else None
         attention.forward(q, k, k, visible, **options, state=state)
@@ -119,24 +129,23 @@ def _launch_portable(job: dict) -> None:
         attention.add_dkdv(q, q, k, k, lse, lse, visible, **options, dk_acc=acc_k, dv_acc=acc_k)
 
 
-def _launch_shipped(job: dict) -> None:
+def _launch_hopper(job: dict, options: dict) -> None:
     """Through the contract, as the library launches it."""
     from longctx.kernels import SoftmaxState, get_kernel
 
-    attention = get_kernel(job["registry"])
-    if job["deterministic"]:
+    attention = get_kernel("hopper")
+    if job.get("deterministic"):
         attention = type(attention)(deterministic=True)
-    names = {"b": "batch", "s": "seq_len", "h": "heads", "hk": "kv_heads"}
-    q, k, lse, acc_q, acc_k = _block({**job, **{short: job[name] for short, name in names.items()}})
-    visible = key_range(job["kind"], job["seq_len"])
-    options = {"scale": job["head_dim"] ** -0.5, "softcap": job["softcap"]}
-    if job["direction"] == "forward":
-        state = SoftmaxState(acc_q, lse) if job["carry"] else None
-        attention.forward(q, k, k, visible, **options, state=state, final=job["final"])
+    q, k, lse, acc_q, acc_k = _block(job)
+    visible = key_range(job["kind"], job["s"])
+    if job["kernel"] == "hopper_forward":
+        state = SoftmaxState(acc_q, lse) if job.get("carry") else None
+        attention.forward(q, k, k, visible, **options, state=state, final=job.get("final", False))
         return
-    into = torch.empty_like(k) if job["fresh"] else acc_k
+    fresh = job.get("fresh", False)
+    into = torch.empty_like(k) if fresh else acc_k
     attention.backward(
-        q, q, k, k, lse, lse, visible, **options, out=q, dq_acc=acc_q, dk_acc=into, dv_acc=into, fresh=job["fresh"]
+        q, q, k, k, lse, lse, visible, **options, out=q, dq_acc=acc_q, dk_acc=into, dv_acc=into, fresh=fresh
     )
 
 
@@ -170,6 +179,7 @@ def _report(name: str, kernel, log: str) -> dict:
         "num_wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "num_tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         "waits": sorted({int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", ptx)}),
+        "max_registers": sorted({int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}),
     }
 
 
@@ -181,7 +191,8 @@ def _disassemble(cubin: str) -> str:
 
 
 def matrix_loops(sass: str) -> list[dict]:
-    """The innermost loops with matrix instructions: how many of those, of all instructions, and of spills in each."""
+    """The innermost loops with matrix instructions: how many of those, of all instructions, and of spills in each; and of
+    exponentials after the products of one tile are done and before those of the other are waited for, which run under them."""
     labels, lines = {}, []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -203,9 +214,17 @@ def matrix_loops(sass: str) -> list[dict]:
             "instructions": last - first,
             "num_matrix": sum("HGMMA" in x for x in lines[first:last]),
             "num_spills": sum(bool(re.search(r"\b(STL|LDL)\b", x)) for x in lines[first:last]),
+            "num_covered_exp2": _covered_exp2(lines[first:last]),
         }
         for first, last in inner
     ]
+
+
+def _covered_exp2(body: list[str]) -> int:
+    waits = [(i, m.group(1)) for i, x in enumerate(body) if (m := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", x))]
+    one_left = max((i for i, left in waits if left == "0x1"), default=0)
+    none_left = max((i for i, left in waits if left == "0x0"), default=0)
+    return sum("MUFU.EX2" in x for x in body[one_left:none_left])
 
 
 def compile_jobs(jobs: list[dict], workers: int) -> list[dict]:
@@ -214,7 +233,4 @@ def compile_jobs(jobs: list[dict], workers: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    import triton
-
-    reports = compile_jobs(json.load(sys.stdin), int(sys.argv[1]) if len(sys.argv) > 1 else 2)
-    json.dump({"triton": os.path.dirname(triton.__file__), "reports": reports}, sys.stdout)
+    json.dump(compile_jobs(json.load(sys.stdin), int(sys.argv[1]) if len(sys.argv) > 1 else 2), sys.stdout)

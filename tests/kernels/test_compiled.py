@@ -49,7 +49,7 @@ def test_the_check_finds(compiled, spoil, said):
     """Each fault that it looks for, put into the report of a configuration that is without it."""
     good = copy.deepcopy(compiled["sm90-dq-d128-causal"])
     good["kernels"][0]["waits"] = [0, 1]
-    shipped = {**good, "registry": "hopper", "waits": [0, 1], "known_spills": 0}
+    shipped = {**good, "kernel": "hopper_backward", "expected_waits": [0, 1], "known_spills": 0}
     compile_cases.check("hopper-x", shipped, {})
     spoil(good["kernels"][0])
     with pytest.raises(AssertionError, match=said):
@@ -86,7 +86,8 @@ def test_spills_in_a_loop_are_counted():
     /*0050*/ EXIT ;
     /*0060*/ BRA `(.L_x_1) ;
 """
-    assert sm90.matrix_loops(sass) == [{"instructions": 2, "num_matrix": 1, "num_spills": 1}]
+    (loop,) = sm90.matrix_loops(sass)
+    assert (loop["instructions"], loop["num_matrix"], loop["num_spills"]) == (2, 1, 1)
 
 
 @pytest.mark.parametrize("table", [tuning._HOPPER, tuning._PORTABLE, tuning._FP32], ids=["hopper", "portable", "fp32"])
