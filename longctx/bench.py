@@ -176,10 +176,7 @@ def _entrants(args: argparse.Namespace) -> list[Contender]:
     for name in args.only or ():
         if name not in known:
             raise ConfigError(f"--only {name}: {did_you_mean(name, known)}")
-    if not args.only:
-        return found
-    listed = [c.name for c in found]
-    return [c for c in found if c.name in args.only] + [known[n] for n in args.only if n not in listed]
+    return [c for c in known.values() if c.name in args.only] if args.only else found
 
 
 def _redraw(args: argparse.Namespace) -> int:

@@ -25,13 +25,16 @@ class Standard(Differentiated):
         if needed > there:
             raise Unavailable(f"its scores need about {needed / 2**30:.0f} GiB, the device has {there / 2**30:.0f}")
         hidden = None if case.mask == "full" else ~case.rule.materialize(case.seq_len)
+        hidden_on: dict[torch.device, torch.Tensor] = {}
         group = case.heads // case.kv_heads
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
             s = q @ k.transpose(-1, -2) * case.scale
             if hidden is not None:
-                s = s.masked_fill(hidden.to(s.device), float("-inf"))
+                if s.device not in hidden_on:
+                    hidden_on[s.device] = hidden.to(s.device)
+                s = s.masked_fill(hidden_on[s.device], float("-inf"))
             return (s.softmax(-1) @ v).transpose(1, 2)
 
         return attend
