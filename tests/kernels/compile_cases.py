@@ -21,9 +21,11 @@ HEAD_DIMS = (64, 128, 256)
 HOPPER_SHARED, CONSUMER_SHARED = 232_448, 101_376
 
 # Spilled loads and stores in one pass of a loop, of several hundred instructions, that are known: (kernel, head dim) -> (in
-# blocks without a mask, in others). These tiles were measured faster than those that spill nothing, on triton 3.6.0.
+# blocks without a mask, in others). These tiles were measured faster than those that spill nothing, on triton 3.6.0. A kernel
+# written for Hopper says its own, as `Shipped.known_spills`.
 KNOWN_SPILLS = {("forward", 128): (0, 40), ("dq", 256): (0, 16), ("dkdv", 256): (0, 2)}
-# The same tiles by the newest release, which gives its loops fewer registers; not measured.
+# The same tiles by the newest release, which gives its loops fewer registers; not measured. Here "hopper_forward" and
+# "hopper_backward" may have an entry too, for what they spill beyond their own.
 KNOWN_SPILLS_NEWEST = {("forward", 128): (8, 24), ("dkdv", 128): (0, 32), ("dkdv", 256): (72, 104)}
 
 
@@ -99,30 +101,30 @@ def check(name: str, report: dict, known_spills: dict[tuple[str, int], tuple[int
         AssertionError: it did not compile, spills in a loop, serialises its matrix instructions, or does not fit.
     """
     assert "error" not in report, report["error"]
+    full, masked = known_spills.get((report["kernel"], report["head_dim"]), (0, 0))
+    known = full if report["kind"] == "full" else masked
     if report["kernel"].startswith("hopper"):
-        _check_shipped(report)
+        _check_shipped(report, known)
         return
     (kernel,) = report["kernels"]
     if not name.startswith("sm90"):
         assert kernel["shared"] <= CONSUMER_SHARED, f"{kernel['shared']} bytes of shared memory"
         return
     _check_hopper(report["kernels"])
-    if name.endswith("softcap"):
-        return
-    full, masked = known_spills.get((report["kernel"], report["head_dim"]), (0, 0))
-    known = full if report["kind"] == "full" else masked
-    assert max(loop["num_spills"] for loop in kernel["loops"]) <= known, kernel["loops"]
+    if not name.endswith("softcap"):
+        assert max(loop["num_spills"] for loop in kernel["loops"]) <= known, kernel["loops"]
 
 
-def _check_shipped(report: dict) -> None:
+def _check_shipped(report: dict, known: int) -> None:
     _check_hopper(report["kernels"])
     waits = {n for kernel in report["kernels"] for n in kernel["waits"]}
     missing = set(report["expected_waits"]) - waits
     assert not missing, f"no wait leaves {missing} products in flight, only {waits}: they are serialised"
-    if report["known_spills"] is not None:
-        for kernel in report["kernels"]:
-            for loop in kernel["loops"]:
-                assert loop["num_spills"] <= report["known_spills"], (kernel["name"], loop)
+    if report["known_spills"] is None:
+        return
+    for kernel in report["kernels"]:
+        for loop in kernel["loops"]:
+            assert loop["num_spills"] <= max(known, report["known_spills"]), (kernel["name"], loop)
 
 
 def _check_hopper(launched: list[dict]) -> None:

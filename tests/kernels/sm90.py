@@ -17,6 +17,7 @@ import tempfile
 import types
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
@@ -63,15 +64,14 @@ def compile_only(capability: int = 90):
         compiled.append((self.__name__, kernel, log.getvalue()))
 
     triton.runtime.driver.set_active(_NoDriver(capability))
-    JITFunction.run = warm_up
-    properties = torch.cuda.get_device_properties
-    # What a launcher may ask of the device: how many programs run side by side.
-    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(multi_processor_count=132)
-    try:
+    # What a launcher asks of a device that is not there: how many programs run side by side, and to be the current one.
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    with (
+        mock.patch.object(JITFunction, "run", warm_up),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
+    ):
         yield compiled
-    finally:
-        JITFunction.run = run
-        torch.cuda.get_device_properties = properties
 
 
 def key_range(kind: str, s: int):
