@@ -44,10 +44,8 @@ LAYERS = (
     ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
-    (
-        "L6 commands",
-        ("peers", "bench", "comparison", "numerics", "broken", "parity", "check", "draw", "info", "__main__"),
-    ),
+    ("L6 benchmark", ("flash1", "peers", "predecessors", "bench_timing", "bench_output", "bench_errors", "bench")),
+    ("L6 commands", ("comparison", "numerics", "broken", "parity", "check", "draw", "info", "__main__")),
 )
 LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}
 
