@@ -130,6 +130,7 @@ class BlockAttention(Protocol):
 # name -> (module, class). In the order in which "auto" prefers them.
 _KERNELS = {
     "cudnn": ("longctx.kernels.cudnn", "CudnnAttention"),
+    "hopper": ("longctx.kernels.hopper_attention", "HopperAttention"),
     "triton": ("longctx.kernels.triton_attention", "TritonAttention"),
     "reference": ("longctx.kernels.reference", "ReferenceAttention"),
 }

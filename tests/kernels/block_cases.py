@@ -242,6 +242,19 @@ def check_last_and_only(case: Case, device: str = "cpu") -> None:
 FLOOR_ULPS = 2.0
 
 
+def check_forward(case: Case, device: str = "cpu") -> dict[str, float]:
+    """`check` of a kernel's forward alone: out and lse."""
+    return check(case, device, _Forward(kernel_of(case)))
+
+
+class _Forward:
+    """A kernel whose backward is the portable one's."""
+
+    def __init__(self, kernel: BlockAttention) -> None:
+        self.supports, self.forward = kernel.supports, kernel.forward
+        self.backward = get_kernel("triton").backward
+
+
 def check(case: Case, device: str = "cpu", kernel: BlockAttention | None = None) -> dict[str, float]:
     """Hold a kernel against float64: no more than twice the error of plain torch in the same dtype plus a few ulps, as
     maximum and as RMS. Returns, per output, the largest error as a part of what is allowed.

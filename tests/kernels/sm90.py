@@ -78,8 +78,12 @@ def compile_job(job: dict) -> dict:
     """Compile one kernel; `job`: kernel, head_dim, dtype, kind, carry, tile (fields of `Tile`), s, b, h, hk, capability (90),
     softcap (0).
 
+    Kernel "hopper_forward" takes kernel, head_dim, dtype, kind, carry, final, s, b, h, hk, softcap, and has tiles of its own.
+
     Returns the job with registers, spill_bytes, shared, num_wgmma and warnings of ptxas, or with `error`.
     """
+    if job["kernel"] == "hopper_forward":
+        return _compile_hopper_forward(job)
     from longctx.kernels import SoftmaxState
     from longctx.kernels.triton_attention import TritonAttention
     from longctx.kernels.tuning import Tile, Tiles
@@ -106,13 +110,37 @@ def compile_job(job: dict) -> dict:
         except Exception as error:
             return {**job, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
     ((_, kernel),) = compiled
+    return {**job, **_report(kernel, capability)}
+
+
+def _compile_hopper_forward(job: dict) -> dict:
+    from longctx.kernels import SoftmaxState, hopper_forward
+
+    b, s, h, hk, d = (job[x] for x in ("b", "s", "h", "hk", "head_dim"))
+    q = torch.empty(b, s, h, d, dtype=getattr(torch, job["dtype"]), device="meta")
+    k = v = torch.empty(b, s, hk, d, dtype=q.dtype, device="meta")
+    state = SoftmaxState(torch.empty(q.shape, device="meta"), torch.empty(b, h, s, device="meta"))
+    hopper_forward._num_programs = lambda device: 132
+    with compile_only() as compiled:
+        try:
+            hopper_forward.launch_hopper_forward(
+                q, k, v, key_range(job["kind"], s), scale=d**-0.5, softcap=job.get("softcap", 0.0),
+                state=state if job["carry"] else None, final=job["final"],
+            )  # fmt: skip
+        except Exception as error:
+            return {**job, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
+    ((_, kernel),) = compiled
+    return {**job, **_report(kernel, 90)}
+
+
+def _report(kernel, capability: int) -> dict:
     ptx = kernel.asm["ptx"]
     return {
-        **job,
         **_assemble(ptx, capability),
         "shared": kernel.metadata.shared,
         "num_wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "num_tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        "max_registers": sorted({int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}),
     }
 
 
@@ -138,13 +166,19 @@ def _assemble(ptx: str, capability: int) -> dict:
 def _tool(name: str, *args: str) -> str:
     import triton.backends.nvidia
 
-    path = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", name)
-    done = subprocess.run([path, *args], capture_output=True, text=True)
-    return done.stdout + done.stderr
+    folder = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
+    # Newer releases of Triton bring two assemblers, of which one reads what they write.
+    for path in (os.path.join(folder, name), os.path.join(folder, f"{name}-blackwell")):
+        done = subprocess.run([path, *args], capture_output=True, text=True)
+        text = done.stdout + done.stderr
+        if "Unsupported .version" not in text:
+            break
+    return text
 
 
 def matrix_loops(sass: str) -> list[dict]:
-    """The innermost loops with matrix instructions: how many of those, of all instructions, and of spills in each."""
+    """The innermost loops with matrix instructions: how many of those, of all instructions, and of spills in each; and of
+    exponentials after the products of one tile are done and before those of the other are waited for, which run under them."""
     labels, lines = {}, []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -166,9 +200,17 @@ def matrix_loops(sass: str) -> list[dict]:
             "instructions": last - first,
             "num_matrix": sum("HGMMA" in x for x in lines[first:last]),
             "num_spills": sum(bool(re.search(r"\b(STL|LDL)\b", x)) for x in lines[first:last]),
+            "num_covered_exp2": _covered_exp2(lines[first:last]),
         }
         for first, last in inner
     ]
+
+
+def _covered_exp2(body: list[str]) -> int:
+    waits = [(i, m.group(1)) for i, x in enumerate(body) if (m := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", x))]
+    one_left = max((i for i, left in waits if left == "0x1"), default=0)
+    none_left = max((i for i, left in waits if left == "0x0"), default=0)
+    return sum("MUFU.EX2" in x for x in body[one_left:none_left])
 
 
 def compile_jobs(jobs: list[dict], workers: int) -> list[dict]:

@@ -101,7 +101,7 @@ def test_spills_in_a_loop_are_counted():
     /*0050*/ EXIT ;
     /*0060*/ BRA `(.L_x_1) ;
 """
-    assert sm90.matrix_loops(sass) == [{"instructions": 2, "num_matrix": 1, "num_spills": 1}]
+    assert sm90.matrix_loops(sass) == [{"instructions": 2, "num_matrix": 1, "num_spills": 1, "num_covered_exp2": 0}]
 
 
 @pytest.mark.parametrize("table", [tuning._HOPPER, tuning._PORTABLE, tuning._FP32], ids=["hopper", "portable", "fp32"])
