@@ -38,6 +38,12 @@ class Schedule:
     overlap: bool
     own_out: bool
     registers: tuple[int, int]
+    tree: int = 1
+    partial: bool = True
+    hold: bool = True
+    early: bool = True
+    skip: bool = True
+    pack: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Variant:
 
 # By padded head dim.
 SCHEDULES = {
-    64: Schedule(3, 128, 2, False, True, (160, 24)),
+    64: Schedule(3, 128, 2, True, True, (160, 24), pack=1),
     128: Schedule(2, 128, 2, True, True, (240, 24)),
     256: Schedule(2, 64, 2, True, False, (240, 24)),
 }

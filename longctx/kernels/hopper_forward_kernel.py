@@ -120,6 +120,63 @@ def _capped(s, inner):
 
 
 @gluon.jit
+def _row_max(s, V: gl.constexpr):
+    N: gl.constexpr = V.schedule.block_n
+    if V.schedule.tree == 1:
+        x = gl.max(gl.max(gl.max(s.reshape([64, N // 32, 4, 4, 2]), 4), 2), 1)
+        return gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, V.scores))
+    elif V.schedule.tree == 2:
+        x = gl.max(gl.max(gl.max(s.reshape([64, 2, N // 16, 4, 2]), 2), 3), 1)
+        return gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, V.scores))
+    else:
+        return gl.max(s, 1)
+
+
+@gluon.jit
+def _row_sum(p, V: gl.constexpr):
+    N: gl.constexpr = V.schedule.block_n
+    if V.schedule.partial:
+        return gl.sum(gl.sum(p.reshape([64, N // 8, 4, 2]), 3), 1)
+    else:
+        return gl.sum(p, 1)
+
+
+@gluon.jit
+def _accumulate(l, alpha, p, V: gl.constexpr):
+    x = _row_sum(p, V)
+    if V.schedule.partial:
+        return l * gl.convert_layout(alpha[:, None], x.type.layout) + x
+    else:
+        return l * alpha + x
+
+
+@gluon.jit
+def _packed(p, dtype: gl.constexpr, V: gl.constexpr):
+    """p in 16 bits, two neighbours in an int32: the compiler would move 16-bit values through registers of their own."""
+    N: gl.constexpr = V.schedule.block_n
+    even, odd = gl.split(p.reshape([64, N // 2, 2]))
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
+        )
+
+
+@gluon.jit
+def _operand(p, dtype: gl.constexpr, layout: gl.constexpr, V: gl.constexpr):
+    N: gl.constexpr = V.schedule.block_n
+    if V.schedule.pack:
+        even = (p & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
+        odd = (p >> 16).to(gl.int16).to(dtype, bitcast=True)
+        return gl.convert_layout(gl.join(even, odd).reshape([64, N]), layout)
+    else:
+        return gl.convert_layout(p.to(dtype), layout)
+
+
+@gluon.jit
 def _scores(s, m, rows, n, units, MASKED: gl.constexpr, V: gl.constexpr):
     """Cap and mask a tile of q @ k^T; the new running maximum of log2(e) * score, and what to subtract before exp2."""
     unit, inner = units
@@ -127,17 +184,37 @@ def _scores(s, m, rows, n, units, MASKED: gl.constexpr, V: gl.constexpr):
     if V.capped:
         s = _capped(s, inner)
     if MASKED:
+        # A thread's columns are constants plus what its lane adds in bits 1 and 2. Moved to the other side of the
+        # comparison, that leaves constants in the instructions instead of registers that hold columns.
         col = gl.arange(0, V.schedule.block_n, layout=gl.SliceLayout(0, V.scores))
-        seen = col[None, :] < (row_hi - n)[:, None]
+        lane = (col & 6)[None, :]
+        fixed = (col & (V.schedule.block_n - 7))[None, :]
+        seen = fixed < (row_hi - n)[:, None] - lane
         if V.has_lo:
-            seen = seen & (col[None, :] >= (row_lo - n)[:, None])
+            seen = seen & (fixed >= (row_lo - n)[:, None] - lane)
         s = gl.where(seen, s, float("-inf"))
-    m_new = gl.maximum(m, gl.max(s, 1) * unit)
+    m_new = gl.maximum(m, _row_max(s, V) * unit)
     base = m_new
     if MASKED:
         # A row that has seen nothing yet: -inf - -inf would be nan.
         base = gl.where(m_new == float("-inf"), 0.0, m_new)
     return s, m_new, base
+
+
+@gluon.jit
+def _pass_over(num_tiles, count, barriers, V: gl.constexpr):
+    """Release key tiles of which this group's rows see nothing; the tile count after them."""
+    STAGES: gl.constexpr = V.schedule.stages
+    _, _, k_full, k_empty, v_full, v_empty = barriers
+    for _ in range(0, num_tiles):
+        stage = count % STAGES
+        phase = (count // STAGES) & 1
+        mbarrier.wait(k_full.index(stage), phase)
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.wait(v_full.index(stage), phase)
+        mbarrier.arrive(v_empty.index(stage), count=1)
+        count += 1
+    return count
 
 
 @gluon.jit
@@ -167,10 +244,14 @@ def _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, MASKED
     mbarrier.wait(k_full.index(here), phase)
     s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(before), ((count - 1) // STAGES) & 1)
-    if V.schedule.overlap:
-        acc, p, alpha = warpgroup_mma_wait(1, deps=(acc, p, alpha))
-    acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
-    operand = gl.convert_layout(p.to(dtype), OPERAND)
+    if V.schedule.overlap and V.schedule.hold:
+        if V.schedule.pack:
+            acc, alpha = warpgroup_mma_wait(1, deps=(acc, alpha))
+        else:
+            acc, p, alpha = warpgroup_mma_wait(1, deps=(acc, p, alpha))
+    if V.schedule.early:
+        acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
+    operand = _operand(p, dtype, OPERAND, V)
     acc = warpgroup_mma(operand, v, acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(here), count=1)
@@ -180,14 +261,20 @@ def _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, MASKED
         mbarrier.arrive(v_empty.index(before), count=1)
     alpha = gl.exp2(m - base)
     p = gl.exp2(s * units[0] - base[:, None])
-    l = l * alpha + gl.sum(p, 1)
+    l = _accumulate(l, alpha, p, V)
+    if V.schedule.pack == 2:
+        p = _packed(p, dtype, V)
     if V.schedule.overlap:
         mbarrier.wait(v_full.index(here), phase)
         acc, _ = warpgroup_mma_wait(0, deps=(acc, operand))
         mbarrier.arrive(v_empty.index(before), count=1)
+        if V.schedule.pack == 1:
+            p = _packed(p, dtype, V)
     else:
         # Half the registers until the product.
-        p = p.to(dtype)
+        p = _packed(p, dtype, V)
+    if not V.schedule.early:
+        acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
     return p, alpha, acc, m_new, l
 
 
@@ -238,7 +325,16 @@ def _attend(
     start, stop = _key_tiles(first, end, BLOCK_N)
     # All groups walk over the same tiles, but which of them need a mask is this group's own affair.
     m0 += GROUP * 64
-    _, _, full_lo, full_hi = _visible(mask, batch, m0, sq, sk, 64, V)
+    first, end, full_lo, full_hi = _visible(mask, batch, m0, sq, sk, 64, V)
+    rest = start * 0
+    if V.kind != "full" and V.schedule.skip:
+        own_start, own_stop = _key_tiles(first, end, BLOCK_N)
+        own_stop = gl.minimum(own_stop, stop)
+        own_start = gl.minimum(own_start, own_stop - 1)
+        count = _pass_over(stop - own_stop, count, barriers, V)
+        rest = own_start - start
+        start = own_start
+        stop = own_stop
     b = gl.minimum(gl.maximum(full_hi // BLOCK_N, start), stop - 1)
     a = gl.minimum(gl.maximum(gl.cdiv(full_lo, BLOCK_N), start), b)
     row = m0 + gl.arange(0, 64, layout=ROW)
@@ -267,10 +363,20 @@ def _attend(
     s, top, base = _scores(s, m, rows, (stop - 1) * BLOCK_N, units, MASKED, V)
     alpha = gl.exp2(m - base)
     p = gl.exp2(s * units[0] - base[:, None])
-    l = l * alpha + gl.sum(p, 1)
+    if V.schedule.partial:
+        x = _row_sum(p, V)
+        if V.carry:
+            one_lane = gl.where(gl.arange(0, 4, layout=gl.SliceLayout(0, x.type.layout)) == 0, 1.0, 0.0)
+            l = gl.convert_layout((l * alpha)[:, None], x.type.layout) * one_lane[None, :] + x
+        else:
+            l = x
+    else:
+        l = l * alpha + gl.sum(p, 1)
+    if not V.schedule.early:
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, V.output))[:, None]
     m = top
-    if not V.schedule.overlap:
-        p = p.to(dtype)
+    if V.schedule.pack:
+        p = _packed(p, dtype, V)
     count += 1
     if V.kind != "full":
         for i in range(b, stop - 1):
@@ -288,7 +394,7 @@ def _attend(
             count += 1
     if V.schedule.own_out:
         mbarrier.arrive(q_empty.index(GROUP), count=1)
-    return p, alpha, acc, m, l, count
+    return p, alpha, acc, m, l, count, rest
 
 
 @gluon.jit
@@ -311,10 +417,13 @@ def _finish(
     sq, _ = sizes
     before = (count - 1) % STAGES
     mbarrier.wait(v_full.index(before), ((count - 1) // STAGES) & 1)
-    acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
-    operand = gl.convert_layout(p.to(dtype), OPERAND)
+    if V.schedule.early:
+        acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
+    operand = _operand(p, dtype, OPERAND, V)
     acc = warpgroup_mma(operand, v_tiles.index(before).reshape([BLOCK_N, D]), acc, is_async=True)
 
+    if V.schedule.partial:
+        l = gl.convert_layout(gl.sum(l, 1), ROW)
     # Compared with 0, not with > 0: a nan must come out as one.
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
@@ -358,13 +467,14 @@ def _consume(args, GROUP: gl.constexpr, V: gl.constexpr):
     turn = 0
     while index < work[4]:
         m, batch, head = _row_block(index, work)
-        p, alpha, acc, top, l, count = _attend(
+        p, alpha, acc, top, l, count, rest = _attend(
             m * ROWS, batch, head, count, turn, GROUP, tiles, barriers, mask, pointers, strides, sizes, units, V
         )
         _finish(
             m * ROWS + GROUP * 64, batch, head, count, p, alpha, acc, top, l, desc_out, pointers, strides,
             GROUP, tiles, barriers, sizes, V,
         )  # fmt: skip
+        count = _pass_over(rest, count, barriers, V)
         mbarrier.wait(slot_full, turn & 1)
         index = gl.max(slot.load(ONE), 0)
         mbarrier.arrive(slot_empty, count=1)
