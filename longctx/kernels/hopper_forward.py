@@ -27,7 +27,8 @@ class Schedule:
         groups: consumer warpgroups, 2 to 4, of 64 query rows each.
         block_n: keys per tile, a power of two.
         stages: tiles of keys and of values in flight.
-        overlap: run a tile's softmax under the products of the tile before, which needs registers for both.
+        packed: round probabilities to 16 bits at the end of a step instead of under the next tile's product: half the
+            registers across steps.
         own_out: shared memory of its own for the output, so that it is stored while the next queries arrive.
         registers: per consumer thread and per producer thread; the SM has 65536.
     """
@@ -35,15 +36,9 @@ class Schedule:
     groups: int
     block_n: int
     stages: int
-    overlap: bool
+    packed: bool
     own_out: bool
     registers: tuple[int, int]
-    tree: int = 1
-    partial: bool = True
-    hold: bool = True
-    early: bool = True
-    skip: bool = True
-    pack: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,9 +71,9 @@ class Variant:
 
 # By padded head dim.
 SCHEDULES = {
-    64: Schedule(3, 128, 2, True, True, (160, 24), pack=1),
-    128: Schedule(2, 128, 2, True, True, (240, 24)),
-    256: Schedule(2, 64, 2, True, False, (240, 24)),
+    64: Schedule(3, 128, 2, True, True, (160, 24)),
+    128: Schedule(2, 128, 2, False, True, (240, 24)),
+    256: Schedule(2, 64, 2, False, False, (240, 24)),
 }
 
 

@@ -121,59 +121,39 @@ def _capped(s, inner):
 
 @gluon.jit
 def _row_max(s, V: gl.constexpr):
+    """The largest of each row, by a tree: a chain through a thread's 64 values would wait for each of them in turn."""
     N: gl.constexpr = V.schedule.block_n
-    if V.schedule.tree == 1:
-        x = gl.max(gl.max(gl.max(s.reshape([64, N // 32, 4, 4, 2]), 4), 2), 1)
-        return gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, V.scores))
-    elif V.schedule.tree == 2:
-        x = gl.max(gl.max(gl.max(s.reshape([64, 2, N // 16, 4, 2]), 2), 3), 1)
-        return gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, V.scores))
-    else:
-        return gl.max(s, 1)
+    # Columns as (group of 32, one of 4 eights, lane, neighbour): all but the lane lie within a thread.
+    best = gl.max(gl.max(gl.max(s.reshape([64, N // 32, 4, 4, 2]), 4), 2), 1)
+    return gl.convert_layout(gl.max(best, 1), gl.SliceLayout(1, V.scores))
 
 
 @gluon.jit
-def _row_sum(p, V: gl.constexpr):
-    N: gl.constexpr = V.schedule.block_n
-    if V.schedule.partial:
-        return gl.sum(gl.sum(p.reshape([64, N // 8, 4, 2]), 3), 1)
-    else:
-        return gl.sum(p, 1)
+def _lane_sums(p, V: gl.constexpr):
+    """What each of a row's four lanes holds of its sum, [64, 4]: they are added up once, at the end."""
+    return gl.sum(gl.sum(p.reshape([64, V.schedule.block_n // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
-def _accumulate(l, alpha, p, V: gl.constexpr):
-    x = _row_sum(p, V)
-    if V.schedule.partial:
-        return l * gl.convert_layout(alpha[:, None], x.type.layout) + x
-    else:
-        return l * alpha + x
-
-
-@gluon.jit
-def _packed(p, dtype: gl.constexpr, V: gl.constexpr):
-    """p in 16 bits, two neighbours in an int32: the compiler would move 16-bit values through registers of their own."""
-    N: gl.constexpr = V.schedule.block_n
-    even, odd = gl.split(p.reshape([64, N // 2, 2]))
+def _packed(p, dtype: gl.constexpr):
+    """p in 16 bits, two neighbours in an int32: 16-bit values would each take a register across a step."""
+    even, odd = gl.split(p.reshape([p.shape[0], p.shape[1] // 2, 2]))
     if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
-        )
+        asm: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
     else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
-        )
+        asm: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def _operand(p, dtype: gl.constexpr, layout: gl.constexpr, V: gl.constexpr):
-    N: gl.constexpr = V.schedule.block_n
-    if V.schedule.pack:
+def _operand(p, dtype: gl.constexpr, V: gl.constexpr):
+    """p as the first operand of p @ v, in registers."""
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=V.output, k_width=2)
+    if V.schedule.packed:
         even = (p & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
         odd = (p >> 16).to(gl.int16).to(dtype, bitcast=True)
-        return gl.convert_layout(gl.join(even, odd).reshape([64, N]), layout)
-    else:
-        return gl.convert_layout(p.to(dtype), layout)
+        p = gl.join(even, odd).reshape([p.shape[0], 2 * p.shape[1]])
+    return gl.convert_layout(p.to(dtype), OPERAND)
 
 
 @gluon.jit
@@ -221,15 +201,14 @@ def _pass_over(num_tiles, count, barriers, V: gl.constexpr):
 def _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, MASKED: gl.constexpr, V: gl.constexpr):
     """Scores and softmax of key tile n, and acc += p @ v of the tile before it; alpha is what acc is still to be scaled by.
 
-    The order is what the compiler must not change: the rescaling and rounding between issuing the two products, and (with
-    overlap) all exponentials before waiting for the second. Waiting for a barrier whose phase has passed costs little and
-    is what ptxas does not move them across; so does naming values among a wait's dependencies.
+    The order is what the compiler must not change: rescaling and rounding between issuing the two products, all exponentials
+    before waiting for the second. Values named among a wait's dependencies hold LLVM to it. ptxas sees no such names, but
+    moves little across the branch of a barrier's wait: the second wait for the same v tile stands there for that alone.
     """
     D: gl.constexpr = V.padded
     BLOCK_N: gl.constexpr = V.schedule.block_n
     STAGES: gl.constexpr = V.schedule.stages
     SCORES: gl.constexpr = V.scores
-    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=V.output, k_width=2)
     ROW_OUT: gl.constexpr = gl.SliceLayout(1, V.output)
     _, _, k_tiles, v_tiles = tiles
     _, _, k_full, k_empty, v_full, v_empty = barriers
@@ -244,37 +223,22 @@ def _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, MASKED
     mbarrier.wait(k_full.index(here), phase)
     s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(before), ((count - 1) // STAGES) & 1)
-    if V.schedule.overlap and V.schedule.hold:
-        if V.schedule.pack:
-            acc, alpha = warpgroup_mma_wait(1, deps=(acc, alpha))
-        else:
-            acc, p, alpha = warpgroup_mma_wait(1, deps=(acc, p, alpha))
-    if V.schedule.early:
-        acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
-    operand = _operand(p, dtype, OPERAND, V)
+    acc, p, alpha = warpgroup_mma_wait(1, deps=(acc, p, alpha))
+    acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
+    operand = _operand(p, dtype, V)
     acc = warpgroup_mma(operand, v, acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(here), count=1)
     s, m_new, base = _scores(s, m, rows, n * BLOCK_N, units, MASKED, V)
-    if not V.schedule.overlap:
-        acc, _ = warpgroup_mma_wait(0, deps=(acc, operand))
-        mbarrier.arrive(v_empty.index(before), count=1)
     alpha = gl.exp2(m - base)
     p = gl.exp2(s * units[0] - base[:, None])
-    l = _accumulate(l, alpha, p, V)
-    if V.schedule.pack == 2:
-        p = _packed(p, dtype, V)
-    if V.schedule.overlap:
-        mbarrier.wait(v_full.index(here), phase)
-        acc, _ = warpgroup_mma_wait(0, deps=(acc, operand))
-        mbarrier.arrive(v_empty.index(before), count=1)
-        if V.schedule.pack == 1:
-            p = _packed(p, dtype, V)
-    else:
-        # Half the registers until the product.
-        p = _packed(p, dtype, V)
-    if not V.schedule.early:
-        acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
+    part = _lane_sums(p, V)
+    l = l * gl.convert_layout(alpha[:, None], part.type.layout) + part
+    mbarrier.wait(v_full.index(here), phase)
+    acc, _ = warpgroup_mma_wait(0, deps=(acc, operand))
+    mbarrier.arrive(v_empty.index(before), count=1)
+    if V.schedule.packed:
+        p = _packed(p, dtype)
     return p, alpha, acc, m_new, l
 
 
@@ -326,15 +290,13 @@ def _attend(
     # All groups walk over the same tiles, but which of them need a mask is this group's own affair.
     m0 += GROUP * 64
     first, end, full_lo, full_hi = _visible(mask, batch, m0, sq, sk, 64, V)
-    rest = start * 0
-    if V.kind != "full" and V.schedule.skip:
-        own_start, own_stop = _key_tiles(first, end, BLOCK_N)
-        own_stop = gl.minimum(own_stop, stop)
-        own_start = gl.minimum(own_start, own_stop - 1)
-        count = _pass_over(stop - own_stop, count, barriers, V)
-        rest = own_start - start
-        start = own_start
-        stop = own_stop
+    own_start, own_stop = _key_tiles(first, end, BLOCK_N)
+    own_stop = gl.minimum(own_stop, stop)
+    own_start = gl.minimum(own_start, own_stop - 1)
+    count = _pass_over(stop - own_stop, count, barriers, V)
+    rest = own_start - start
+    start = own_start
+    stop = own_stop
     b = gl.minimum(gl.maximum(full_hi // BLOCK_N, start), stop - 1)
     a = gl.minimum(gl.maximum(gl.cdiv(full_lo, BLOCK_N), start), b)
     row = m0 + gl.arange(0, 64, layout=ROW)
@@ -363,20 +325,13 @@ def _attend(
     s, top, base = _scores(s, m, rows, (stop - 1) * BLOCK_N, units, MASKED, V)
     alpha = gl.exp2(m - base)
     p = gl.exp2(s * units[0] - base[:, None])
-    if V.schedule.partial:
-        x = _row_sum(p, V)
-        if V.carry:
-            one_lane = gl.where(gl.arange(0, 4, layout=gl.SliceLayout(0, x.type.layout)) == 0, 1.0, 0.0)
-            l = gl.convert_layout((l * alpha)[:, None], x.type.layout) * one_lane[None, :] + x
-        else:
-            l = x
-    else:
-        l = l * alpha + gl.sum(p, 1)
-    if not V.schedule.early:
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, V.output))[:, None]
+    part = _lane_sums(p, V)
+    # What is carried counts in one of a row's lanes.
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, part.type.layout))
+    l = gl.where(lane[None, :] == 0, gl.convert_layout((l * alpha)[:, None], part.type.layout), 0.0) + part
     m = top
-    if V.schedule.pack:
-        p = _packed(p, dtype, V)
+    if V.schedule.packed:
+        p = _packed(p, dtype)
     count += 1
     if V.kind != "full":
         for i in range(b, stop - 1):
@@ -408,7 +363,6 @@ def _finish(
     STAGES: gl.constexpr = V.schedule.stages
     ROW: gl.constexpr = gl.SliceLayout(1, V.scores)
     ROW_OUT: gl.constexpr = gl.SliceLayout(1, V.output)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=V.output, k_width=2)
     _, out_tiles, k_tiles, v_tiles = tiles
     _, q_empty, _, _, v_full, v_empty = barriers
     out_ptr, _, lse_ptr = pointers
@@ -417,13 +371,11 @@ def _finish(
     sq, _ = sizes
     before = (count - 1) % STAGES
     mbarrier.wait(v_full.index(before), ((count - 1) // STAGES) & 1)
-    if V.schedule.early:
-        acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
-    operand = _operand(p, dtype, OPERAND, V)
+    acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
+    operand = _operand(p, dtype, V)
     acc = warpgroup_mma(operand, v_tiles.index(before).reshape([BLOCK_N, D]), acc, is_async=True)
 
-    if V.schedule.partial:
-        l = gl.convert_layout(gl.sum(l, 1), ROW)
+    l = gl.convert_layout(gl.sum(l, 1), ROW)
     # Compared with 0, not with > 0: a nan must come out as one.
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
