@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longctx.kernels.gluon_api import tma_load, tma_store, tma_store_wait
+from longctx.kernels.hopper_softmax import as_operand, lane_sums, mask_scores, pack_pairs
 
 
 @gluon.jit
@@ -107,81 +108,6 @@ def _produce(args, V: gl.constexpr):
 
 
 @gluon.jit
-def _capped(s, inner):
-    """tanh of the scores over their cap, from inner = 2 * log2(e) * scale / cap: exact to an ulp of 1.
-
-    The hardware's own tanh is off by 5e-4, which a cap of 50 would make an error of 2 % in a probability.
-    """
-    e = gl.exp2(s * inner)
-    r = gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [e + 1.0], dtype=gl.float32, is_pure=True, pack=1
-    )
-    return 1.0 - 2.0 * r
-
-
-@gluon.jit
-def _row_max(s, V: gl.constexpr):
-    """The largest of each row, by a tree: a chain through a thread's 64 values would wait for each of them in turn."""
-    N: gl.constexpr = V.schedule.block_n
-    # Columns as (group of 32, one of 4 eights, lane, neighbour): all but the lane lie within a thread.
-    best = gl.max(gl.max(gl.max(s.reshape([64, N // 32, 4, 4, 2]), 4), 2), 1)
-    return gl.convert_layout(gl.max(best, 1), gl.SliceLayout(1, V.scores))
-
-
-@gluon.jit
-def _lane_sums(p, V: gl.constexpr):
-    """What each of a row's four lanes holds of its sum, [64, 4]: they are added up once, at the end."""
-    return gl.sum(gl.sum(p.reshape([64, V.schedule.block_n // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _packed(p, dtype: gl.constexpr):
-    """p in 16 bits, two neighbours in an int32: 16-bit values would each take a register across a step."""
-    even, odd = gl.split(p.reshape([p.shape[0], p.shape[1] // 2, 2]))
-    if dtype == gl.bfloat16:
-        asm: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-    else:
-        asm: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
-    return gl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _operand(p, dtype: gl.constexpr, V: gl.constexpr):
-    """p as the first operand of p @ v, in registers."""
-    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=V.output, k_width=2)
-    if V.schedule.packed:
-        even = (p & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
-        odd = (p >> 16).to(gl.int16).to(dtype, bitcast=True)
-        p = gl.join(even, odd).reshape([p.shape[0], 2 * p.shape[1]])
-    return gl.convert_layout(p.to(dtype), OPERAND)
-
-
-@gluon.jit
-def _scores(s, m, rows, n, units, MASKED: gl.constexpr, V: gl.constexpr):
-    """Cap and mask a tile of q @ k^T; the new running maximum of log2(e) * score, and what to subtract before exp2."""
-    unit, inner = units
-    row_lo, row_hi = rows
-    if V.capped:
-        s = _capped(s, inner)
-    if MASKED:
-        # A thread's columns are constants plus what its lane adds in bits 1 and 2. Moved to the other side of the
-        # comparison, that leaves constants in the instructions instead of registers that hold columns.
-        col = gl.arange(0, V.schedule.block_n, layout=gl.SliceLayout(0, V.scores))
-        lane = (col & 6)[None, :]
-        fixed = (col & (V.schedule.block_n - 7))[None, :]
-        seen = fixed < (row_hi - n)[:, None] - lane
-        if V.has_lo:
-            seen = seen & (fixed >= (row_lo - n)[:, None] - lane)
-        s = gl.where(seen, s, float("-inf"))
-    m_new = gl.maximum(m, _row_max(s, V) * unit)
-    base = m_new
-    if MASKED:
-        # A row that has seen nothing yet: -inf - -inf would be nan.
-        base = gl.where(m_new == float("-inf"), 0.0, m_new)
-    return s, m_new, base
-
-
-@gluon.jit
 def _pass_over(num_tiles, count, barriers, V: gl.constexpr):
     """Release key tiles of which this group's rows see nothing; the tile count after them."""
     STAGES: gl.constexpr = V.schedule.stages
@@ -225,20 +151,20 @@ def _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, MASKED
     mbarrier.wait(v_full.index(before), ((count - 1) // STAGES) & 1)
     acc, p, alpha = warpgroup_mma_wait(1, deps=(acc, p, alpha))
     acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
-    operand = _operand(p, dtype, V)
+    operand = as_operand(p, dtype, V)
     acc = warpgroup_mma(operand, v, acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(here), count=1)
-    s, m_new, base = _scores(s, m, rows, n * BLOCK_N, units, MASKED, V)
+    s, m_new, base = mask_scores(s, m, rows, n * BLOCK_N, units, MASKED, V)
     alpha = gl.exp2(m - base)
     p = gl.exp2(s * units[0] - base[:, None])
-    part = _lane_sums(p, V)
+    part = lane_sums(p, V)
     l = l * gl.convert_layout(alpha[:, None], part.type.layout) + part
     mbarrier.wait(v_full.index(here), phase)
     acc, _ = warpgroup_mma_wait(0, deps=(acc, operand))
     mbarrier.arrive(v_empty.index(before), count=1)
     if V.schedule.packed:
-        p = _packed(p, dtype)
+        p = pack_pairs(p, dtype)
     return p, alpha, acc, m_new, l
 
 
@@ -322,16 +248,16 @@ def _attend(
     s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(stage), count=1)
-    s, top, base = _scores(s, m, rows, (stop - 1) * BLOCK_N, units, MASKED, V)
+    s, top, base = mask_scores(s, m, rows, (stop - 1) * BLOCK_N, units, MASKED, V)
     alpha = gl.exp2(m - base)
     p = gl.exp2(s * units[0] - base[:, None])
-    part = _lane_sums(p, V)
+    part = lane_sums(p, V)
     # What is carried counts in one of a row's lanes.
     lane = gl.arange(0, 4, layout=gl.SliceLayout(0, part.type.layout))
     l = gl.where(lane[None, :] == 0, gl.convert_layout((l * alpha)[:, None], part.type.layout), 0.0) + part
     m = top
     if V.schedule.packed:
-        p = _packed(p, dtype)
+        p = pack_pairs(p, dtype)
     count += 1
     if V.kind != "full":
         for i in range(b, stop - 1):
@@ -372,7 +298,7 @@ def _finish(
     before = (count - 1) % STAGES
     mbarrier.wait(v_full.index(before), ((count - 1) // STAGES) & 1)
     acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
-    operand = _operand(p, dtype, V)
+    operand = as_operand(p, dtype, V)
     acc = warpgroup_mma(operand, v_tiles.index(before).reshape([BLOCK_N, D]), acc, is_async=True)
 
     l = gl.convert_layout(gl.sum(l, 1), ROW)
