@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from longctx.kernels import SoftmaxState
 from longctx.kernels.gluon_api import TensorDescriptor, describe
 from longctx.kernels.hopper_forward_kernel import forward_kernel
+from longctx.kernels.shipped import Shipped
 from longctx.kernels.tiles import LOG2_E, row_interval_args, stride_args, strides_of
 from longctx.masks import KeyRange
 
@@ -75,6 +76,25 @@ SCHEDULES = {
     128: Schedule(2, 128, 2, False, True, (240, 24)),
     256: Schedule(2, 64, 2, False, False, (240, 24)),
 }
+
+
+def shipped_configurations() -> list[Shipped]:
+    """What is compiled in real runs, one of each form."""
+    # One product stays in flight while the other is waited for.
+    of = partial(Shipped, direction="forward", waits=frozenset({0, 1}))
+    found = []
+    for dim in SCHEDULES:
+        found += [
+            of(head_dim=dim, kind="full", carry=True),
+            of(head_dim=dim, kind="rows", final=True),
+        ]
+    return [
+        *found,
+        of(head_dim=128, kind="causal", final=True),
+        of(head_dim=96, kind="full", seq_len=8000, dtype="float16", carry=True),
+        # Its tanh needs registers.
+        of(head_dim=128, kind="causal", final=True, softcap=50.0, known_spills=None),
+    ]
 
 
 def padded_head_dim(head_dim: int) -> int:
