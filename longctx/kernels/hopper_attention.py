@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 _PADDED = (64, 128, 256)
 # What a kind of block runs as: bands differ in nothing but two numbers, a rectangle is a full block on views.
 _RUNS_AS = {"full": "full", "rectangle": "full", "causal": "band", "band": "band", "rows": "rows"}
-# (direction, dtype, padded head dim, what it runs as) of every kernel that ran on a GPU (an H100, Triton 3.6.0) and was right. A wrong barrier hangs instead of failing, so nothing else is launched for a user.
+# (direction, dtype, padded head dim, what it runs as) of every kernel that ran on a GPU (an H100, Triton 3.6.0). A wrong
+# barrier hangs instead of failing, so nothing else is launched for a user; the tests on GPUs launch the rest as well.
 VALIDATED: frozenset[tuple[str, torch.dtype, int, str]] = frozenset(
     ("forward", torch.bfloat16, padded, runs_as)
     for padded, kinds in ((64, ("full", "band", "rows")), (128, ("full", "band", "rows")), (256, ("band",)))
