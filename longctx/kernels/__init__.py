@@ -127,6 +127,7 @@ class BlockAttention(Protocol):
 # name -> (module, class). In the order in which "auto" prefers them where nothing was measured.
 _KERNELS = {
     "cudnn": ("longctx.kernels.cudnn", "CudnnAttention"),
+    "hopper": ("longctx.kernels.hopper_attention", "HopperAttention"),
     "triton": ("longctx.kernels.triton_attention", "TritonAttention"),
     "flash4": ("longctx.kernels.flash4", "FlashAttention4"),
     "reference": ("longctx.kernels.reference", "ReferenceAttention"),
