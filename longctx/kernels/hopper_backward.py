@@ -18,8 +18,10 @@ from longctx.masks import KeyRange
 
 MAX_HEAD_DIM = 256
 
-# Row block, key block, columns of a piece of dq, pipeline options; by padded head dim. 64 and 128: of the variants measured,
-# see the note above; 256: what fits in shared memory.
+# Row block, key block, columns of a piece of dq, pipeline options; by padded head dim. 64 and 128: the fastest of 4 and 11
+# variants that were measured on one H200 (triton 3.6.0, bf16, 2026-11-23): taking up the next block's scores early, two
+# buffers for dq, reductions by the warpgroups themselves and atomics from registers were all slower. 256: what fits in shared
+# memory, not measured.
 _SCHEDULES = {
     64: (64, 128, 32, {"STAGES": 2}),
     128: (64, 128, 64, {"STAGES": 2}),

@@ -8,6 +8,8 @@ Source: Dao 2023 (arXiv 2307.08691), algorithm 2.
 """
 
 # mypy: ignore-errors
+# Every party unpacks all buffers and barriers by name, whichever it uses.
+# ruff: noqa: RUF059
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ def _scores(t, m, row_lo, row_hi, a, b, qk_scale, buffers, barriers, CID: gl.con
     s = warpgroup_mma_wait(1, deps=(s,))
     lse = lse_bufs.index(i).slice(CID * HALF, HALF, dim=0).load(OF_ROWS)
     p, slope = probabilities(s, lse, qk_scale, SOFTCAP)
-    if MASKED:
+    if MASKED:  # noqa: SIM102 - the first test is made by the compiler, the second by the GPU
         if (m < a) | (m >= b):
             p = masked(p, m * BM + CID * HALF, row_lo, row_hi, HALF, S_L, HAS_HI)
     if P_STAGES == 1:

@@ -30,7 +30,16 @@ WAITS = {64: [1, 1, 1, 1, 0], 128: [1, 1, 1, 1, 0], 256: [1, 0, 2, 2, 1, 0]}
 
 
 def jobs() -> dict[str, dict]:
-    base = {"s": 8192, "sk": 8192, "h": 8, "hk": 2, "dtype": "bfloat16", "fresh": False, "softcap": 0.0, "with_dq": True}
+    base = {
+        "s": 8192,
+        "sk": 8192,
+        "h": 8,
+        "hk": 2,
+        "dtype": "bfloat16",
+        "fresh": False,
+        "softcap": 0.0,
+        "with_dq": True,
+    }
     found = {}
     for dim in (64, 128, 256):
         for kind in ("full", "causal", "rows"):
@@ -165,7 +174,10 @@ def gpu_cases() -> list[Case]:
         cases += [replace(d, visible="full"), replace(d, sq=200, sk=77, visible="full"), replace(d, sq=1, sk=300)]
         cases += [replace(d, blocks=3, sq=300, sk=300), replace(d, blocks=3, visible="rows_per_sequence")]
         cases += [replace(d, softcap=2.0), replace(d, amplitude=50.0, visible="full"), replace(d, strided=True)]
-        cases += [replace(d, amplitude=200.0, softcap=50.0), replace(d, dtype="float16", visible="rows", sq=300, sk=300)]
+        cases += [
+            replace(d, amplitude=200.0, softcap=50.0),
+            replace(d, dtype="float16", visible="rows", sq=300, sk=300),
+        ]
     # Head dims that ride in larger tiles, and more rows than one program can have in flight.
     cases += [Case("hopper", "bfloat16", "causal", 200, 200, 4, 2, dim) for dim in (8, 96, 112, 160, 192)]
     cases += [Case("hopper", "bfloat16", "window", 2048, 2048, 4, 2, dim, batch=1) for dim in (64, 128, 256)]
