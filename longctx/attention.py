@@ -62,10 +62,10 @@ class ParallelAttention(nn.Module):
                 raise ShapeError(
                     f"this shard is one of {meta.ring_world * meta.ulysses_world}, but ParallelAttention has no mesh: give it the ParallelMesh"
                 )
-            if meta.seq_len != q.shape[1]:
-                raise ShapeError(f"meta describes {meta.seq_len:_} positions, but q has {q.shape[1]:_}")
+            if meta.padded_len != q.shape[1]:
+                raise ShapeError(f"meta describes {meta.padded_len:_} positions, but q has {q.shape[1]:_}")
             return attention(
-                q, k, v, mask=meta.mask, scale=self.scale, softcap=self.softcap, sinks=sinks, kernel=self.kernel
+                q, k, v, mask=meta.padded_mask, scale=self.scale, softcap=self.softcap, sinks=sinks, kernel=self.kernel
             )
         return context_parallel_attention(
             q,

@@ -177,7 +177,7 @@ def ring_attention(
     the result: three blocks of K/V, one of which is kept for the backward pass.
 
     Args:
-        q: "b s h d", this rank's shard; s = meta.seq_len / mesh.ring.size.
+        q: "b s h d", this rank's shard, in the order of `meta.positions`; s = meta.local_len, padding included.
         k, v: "b s hk d", likewise.
         meta: where the shard stands in the sequence, and who sees whom; of a whole ring shard, not one cut for Ulysses.
         mesh: holds the ring; must live until the backward pass is done.
@@ -230,11 +230,11 @@ def _over_ring(
         q,
         k,
         v,
-        meta.mask,
+        meta.padded_mask,
         meta.layout,
         meta.ring_rank,
         meta.ring_world,
-        meta.seq_len,
+        meta.padded_len,
         scale,
         softcap,
         sinks,
@@ -266,8 +266,8 @@ def ulysses_attention(
     them. Memory while it runs: q, k, v and out once more.
 
     Args:
-        q: "b s h d", this rank's shard; s = meta.seq_len / (mesh.ring.size * mesh.ulysses.size). h is a multiple of
-            mesh.ulysses.size.
+        q: "b s h d", this rank's shard, in the order of `meta.positions`; s = meta.local_len, padding included. h is a
+            multiple of mesh.ulysses.size.
         k, v: "b s hk d", likewise; hk is a multiple or a divisor of mesh.ulysses.size. Fewer key heads than ranks are
             repeated for the exchange, and their gradients summed.
         meta: where the shard stands in the sequence, and who sees whom.
@@ -296,7 +296,7 @@ def ulysses_attention(
     world, exchange = mesh.ulysses.size, mesh.head_exchange.handle
     axes = check_block(q, k, v)
     # All that can be wrong is said before the first message, with the numbers that the caller knows.
-    _check_local(axes, meta.mask, meta.ring_world * world, meta.seq_len)
+    _check_local(axes, meta.mask, meta.ring_world * world, meta.padded_len)
     if problems := ulysses_problems(axes["h"], axes["hk"], ulysses=world, ring=meta.ring_world):
         raise ShapeError(format_problems(f"the heads of q {list(q.shape)} and k {list(k.shape)}", problems))
     if sinks is not None:

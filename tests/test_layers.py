@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 # A module may import its own layer and those above it in this table (the lower ones). kernels and parallel are
 # directories; what is inside parallel has an order of its own.
 LAYERS = (
-    ("L0", ("errors", "shapes", "masks", "layout")),
+    ("L0", ("errors", "shapes", "masks", "padding", "balance", "layout")),
     ("L1", ("kernels",)),
     ("L2 pure", ("parallel.plan", "parallel.schedule")),
     ("L2", ("parallel.mesh", "parallel.exchange", "parallel.ring", "parallel.ulysses", "parallel.loss")),
@@ -30,14 +30,21 @@ LAYERS = (
     ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
-    ("L6 commands", ("peers", "bench", "comparison", "broken", "parity", "check", "draw", "info", "__main__")),
+    (
+        "L6 commands",
+        ("peers", "bench", "comparison", "numerics", "broken", "parity", "check", "draw", "info", "__main__"),
+    ),
 )
 LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}
 
 # What a module must not import, at any depth of its code: (modules, forbidden packages, why).
 FORBIDDEN = (
     (("errors",), ("torch", "numpy", "longctx"), "errors are plain Python"),
-    (("shapes", "masks", "layout"), ("triton", "torch.distributed", "deepspeed"), "L0 is torch only"),
+    (
+        ("shapes", "masks", "padding", "balance", "layout"),
+        ("triton", "torch.distributed", "deepspeed"),
+        "L0 is torch only",
+    ),
     (("kernels",), ("torch.distributed", "deepspeed"), "a kernel knows of no other process"),
     (("parallel.plan", "parallel.schedule"), ("torch.distributed", "deepspeed"), "plans are decided without a GPU"),
     (

@@ -77,7 +77,7 @@ class ParallelMesh:
             for ranks in [_axis_ranks(plan, name, self.coords)]
         )
         self._link = link
-        self._grad_dtype = grad_dtype
+        self._grad_dtype = grad_dtype or plan.wire_dtype
         self._exchange: RingExchange | None = None
         self._head_exchange: HeadExchange | None = None
 
@@ -96,7 +96,7 @@ class ParallelMesh:
             plan: dp may be left open; the world fills it in.
             device: where this process's tensors live. On CUDA it must be the current device.
             timeout: how long a rank waits for another before it fails.
-            grad_dtype: dtype of key and value gradients on the ring's wire. None: fp32, as they are accumulated.
+            grad_dtype: dtype of key and value gradients on the ring's wire. None: what `plan.grad_dtype` says.
 
         A plan for one process needs no `torch.distributed.init_process_group`.
 

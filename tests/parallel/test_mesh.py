@@ -41,7 +41,7 @@ def mesh_worker(rank: int) -> dict:
     # Five meshes in one process, alive together.
     for name, plan in {
         "dp2_ring2": ParallelPlan(ring=2),
-        "ring4": ParallelPlan(ring=4, layout="striped"),
+        "ring4": ParallelPlan(ring=4, layout="striped", grad_dtype="bf16"),
         "dp4": ParallelPlan(),
         "ring2_ulysses2": ParallelPlan(ring=2, ulysses=2),
         "ulysses4": ParallelPlan(ulysses=4),
@@ -56,6 +56,7 @@ def mesh_worker(rank: int) -> dict:
             "sums": _sums(mesh),
             "neighbours": _neighbours(mesh) if mesh.ring.size > 1 else None,
             "handle": mesh.exchange.handle,
+            "grad_dtype": mesh.exchange.grad_dtype,
             "same_exchange": mesh.exchange is mesh.exchange,
             "dp": mesh.plan.dp,
             "shares_group": [
@@ -100,6 +101,12 @@ def test_groups_connect_the_ranks_of_their_axis(found, name):
         assert f[name]["same_exchange"]
         # Reductions never stand in attention's way.
         assert not f[name]["shares_group"]
+
+
+def test_gradients_travel_as_the_plan_says(found):
+    for f in found:
+        assert f["ring4"]["grad_dtype"] == torch.bfloat16
+        assert f["dp2_ring2"]["grad_dtype"] is None
 
 
 def test_rings_are_closed(found):
