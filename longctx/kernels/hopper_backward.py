@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 
@@ -11,6 +13,7 @@ from longctx.errors import KernelError
 from longctx.kernels.gluon_api import TensorDescriptor, describe
 from longctx.kernels.hopper_backward_kernel import backward_kernel
 from longctx.kernels.hopper_backward_wide import backward_wide_kernel
+from longctx.kernels.shipped import Shipped
 from longctx.kernels.tiles import LOG2_E, can_describe, key_interval_args, padded, stride_args
 from longctx.kernels.triton_backward import launch_dq, prepare_rows
 from longctx.kernels.tuning import tiles_for
@@ -18,15 +21,46 @@ from longctx.masks import KeyRange
 
 MAX_HEAD_DIM = 256
 
-# Row block, key block, columns of a piece of dq, pipeline options; by padded head dim. 64 and 128: the fastest of 4 and 11
-# variants that were measured on one H200 (triton 3.6.0, bf16, 2026-11-23): taking up the next block's scores early, two
-# buffers for dq, reductions by the warpgroups themselves and atomics from registers were all slower. 256: what fits in shared
-# memory, not measured.
+# Row block, key block, columns of a piece of dq, pipeline options; by padded head dim. 64 and 128: the best of 4 and 10
+# variants measured on one H200 (triton 3.6.0, bf16, 2026-11-23, 4 x 8k x 16 heads of 128, full and causal: 555 and 520
+# TFLOP/s): taking up the next block's scores early 521 and 477, reductions by the warpgroups themselves 539 and 511, atomics
+# from registers 460, two buffers for dq 542 and 528. 256: what fits in shared memory; 276 TFLOP/s on an H100 at
+# 1 x 32k x 8 heads, causal, where cuDNN has 404.
 _SCHEDULES = {
     64: (64, 128, 32, {"STAGES": 2}),
     128: (64, 128, 64, {"STAGES": 2}),
     256: (64, 64, 64, {"STAGES": 2, "DO_STAGES": 1, "P_STAGES": 1}),
 }
+
+
+# Spilled loads and stores in one pass of a loop of 400 to 700 instructions, by padded head dim: without a mask, with one.
+# Triton 3.6; up to 128 most lie on the mask's branch. At 256 one warpgroup keeps addresses on the stack, with 3.9 neither does.
+KNOWN_SPILLS = {64: (0, 0), 128: (2, 16), 256: (64, 80)}
+
+
+def shipped_configurations() -> tuple[Shipped, ...]:
+    """What is compiled in real runs, one of each form."""
+    found = []
+    for dim, (plain, with_mask) in KNOWN_SPILLS.items():
+        # Up to 128 dk runs under dq's way out, dv under dS; above, two products for dq run under dv's wait.
+        waits = frozenset({0, 1, 2} if dim == 256 else {0, 1})
+        of = partial(Shipped, direction="backward", head_dim=dim, waits=waits)
+        found += [
+            of(kind="full", known_spills=plain),
+            of(kind="causal", fresh=True, known_spills=with_mask),
+            of(kind="rows", known_spills=with_mask),
+        ]
+    plain, with_mask = KNOWN_SPILLS[128]
+    of = partial(Shipped, direction="backward", waits=frozenset({0, 1}))
+    return (
+        *found,
+        of(head_dim=128, kind="full", fresh=True, dtype="float16", known_spills=plain),
+        of(head_dim=128, kind="window", fresh=True, known_spills=with_mask),
+        # The last keys of a length that is not whole tiles need the mask.
+        of(head_dim=96, kind="full", seq_len=8000, known_spills=with_mask),
+        # Its tanh needs registers.
+        of(head_dim=128, kind="causal", fresh=True, softcap=50.0, known_spills=None),
+    )
 
 
 def launch_hopper_backward(
