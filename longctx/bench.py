@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import platform
 import statistics
 import sys
@@ -278,10 +279,8 @@ def _shape(text: str) -> tuple[int, int]:
     return _size(batch or "1"), _size(length)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line of `longctx bench`."""
-    top = argparse.ArgumentParser(prog="longctx bench", description=__doc__.splitlines()[0])
-    p = top.add_subparsers(dest="what", required=True).add_parser("attention", help="forward and backward TFLOP/s")
+def case_arguments(p: argparse.ArgumentParser) -> None:
+    """The arguments that say what to measure and where to put it; `cases_of` reads them."""
     p.add_argument("--shapes", nargs="+", type=_shape, metavar="BxS", help="batch x length, such as 4x8k 1x32k")
     p.add_argument("--dim", nargs="+", type=int, metavar="D", help="head dims (128)")
     p.add_argument("--heads", type=int, help="query heads (16)")
@@ -295,13 +294,26 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw them")
     p.add_argument("--commit", help="of this code, where it has no git history")
     p.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU: shows that it runs, times mean nothing")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `longctx bench`, but for `ring`, which has its own."""
+    top = argparse.ArgumentParser(prog="longctx bench", description=__doc__.splitlines()[0])
+    commands = top.add_subparsers(dest="what", required=True)
+    case_arguments(commands.add_parser("attention", help="forward and backward TFLOP/s"))
+    commands.add_parser("ring", help="attention over several GPUs (longctx bench ring --help)")
     return top
 
 
-def _cases(args: argparse.Namespace) -> Sequence[Case]:
+def cases_of(args: argparse.Namespace, defaults: Sequence[Case]) -> Sequence[Case]:
+    """The cases that `case_arguments` ask for; `defaults` where they ask for none.
+
+    Raises:
+        ConfigError: the heads do not divide.
+    """
     given = (args.shapes, args.dim, args.heads, args.kv_heads, args.mask)
     if all(x is None for x in given):
-        return SMOKE_CASES if args.smoke else DEFAULT_CASES
+        return defaults
     heads = args.heads or 16
     kv_heads = args.kv_heads or heads
     if heads % kv_heads:
@@ -333,7 +345,7 @@ def run(args: argparse.Namespace) -> int:
             "there is no CUDA device to measure on; `longctx bench attention --smoke` runs tiny sizes on the CPU"
         )
     device, dtype = (torch.device("cpu"), torch.float32) if args.smoke else (torch.device("cuda"), torch.bfloat16)
-    cases, entrants, size = _cases(args), _entrants(args), 256 if args.smoke else 8192
+    cases, entrants, size = cases_of(args, SMOKE_CASES if args.smoke else DEFAULT_CASES), _entrants(args), 256 if args.smoke else 8192
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
     where = environment(gpu, commit=args.commit)
     title = f"{gpu}, torch {where['torch']}, triton {where['triton']}, commit {where['commit']}"
@@ -357,7 +369,10 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`longctx bench`; returns the exit code: 0, 1 for a wrong result of ours, 2 for a command that cannot be done."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["ring"]:
+        return importlib.import_module("longctx.bench_ring").main(words[1:])
+    args = parser().parse_args(words)
     try:
         return run(args)
     except LongCtxError as error:

@@ -16,15 +16,16 @@ from longctx.flash import (
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
 )
-from longctx.kernels import check_block, check_softcap
+from longctx.kernels import check_block, check_softcap, state_dtype
 from longctx.kernels.sinks import check_sinks
 from longctx.layout import SequenceLayout, SequenceMeta, get_layout
 from longctx.masks import AttentionMask, Causal
+from longctx.parallel.cost import Shape
 from longctx.parallel.loss import linear_cross_entropy
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ulysses_problems
-from longctx.parallel.ring import RING_ATTENTION_OP
 from longctx.parallel.schedule import RingSchedule
+from longctx.parallel.strategy import ContextStrategy, resolve_strategy
 from longctx.parallel.ulysses import lse_to_sequence, to_heads, to_sequence
 
 __all__ = [
@@ -113,7 +114,7 @@ def attention(
     Source: Dao 2023 (arXiv 2307.08691); softcap: Gemma Team 2024 (arXiv 2408.00118), section 2.
     """
     seq_len = q.shape[1] if q.ndim > 1 else 0
-    return _attend(q, k, v, mask, _WHOLE, 0, 1, seq_len, scale, softcap, sinks, kernel, return_lse, exchange="")
+    return _attend(q, k, v, mask, _WHOLE, 0, 1, seq_len, scale, softcap, sinks, kernel, return_lse)
 
 
 class AttentionOverRanks(Protocol):
@@ -132,6 +133,7 @@ class AttentionOverRanks(Protocol):
         softcap: float = ...,
         sinks: Tensor | None = ...,
         kernel: str = ...,
+        strategy: str | ContextStrategy | None = ...,
         return_lse: Literal[False] = ...,
     ) -> Tensor: ...
 
@@ -148,6 +150,7 @@ class AttentionOverRanks(Protocol):
         softcap: float = ...,
         sinks: Tensor | None = ...,
         kernel: str = ...,
+        strategy: str | ContextStrategy | None = ...,
         return_lse: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -168,13 +171,13 @@ def ring_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     kernel: str = "auto",
+    strategy: str | ContextStrategy | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of this rank's queries to the keys of its whole ring: the rows of `attention` that the rank holds.
 
-    Collective over `mesh.ring`, backward too: every rank of the ring makes the same calls in the same order. One message of
-    K and V a hop, sent while the hop before is computed; `longctx.parallel.schedule.comm_bytes` counts them. Memory beyond
-    the result: three blocks of K/V, one of which is kept for the backward pass.
+    Collective over `mesh.ring`, backward too: every rank of the ring makes the same calls in the same order. What is sent, and
+    while what is computed, is up to the strategy, whose `comm_bytes` counts it.
 
     Args:
         q: "b s h d", this rank's shard; s = meta.seq_len / mesh.ring.size.
@@ -182,6 +185,8 @@ def ring_attention(
         meta: where the shard stands in the sequence, and who sees whom; of a whole ring shard, not one cut for Ulysses.
         mesh: holds the ring; must live until the backward pass is done.
         scale, softcap, kernel, return_lse: as in `attention`.
+        strategy: "relay", "direct", "gather" (`longctx.parallel.strategy`), "auto", or a strategy itself; None: what the plan
+            of `mesh` says. The same on every rank.
         sinks: likewise, the same on every rank. Its gradient is of the local rows, to be summed over the ring like that of
             any parameter.
 
@@ -191,6 +196,7 @@ def ring_attention(
     Raises:
         ShapeError: as `attention`; or the shard is not the one that `meta` describes, or `meta` is not of this mesh.
         KernelError: as `attention`.
+        PlanError: unknown strategy.
         DistributedError: another rank of the ring died or did not answer in time.
 
     Source: Liu et al. 2023 (arXiv 2310.01889).
@@ -201,7 +207,7 @@ def ring_attention(
             f"{mesh.prefix} meta is of a part of a ring shard, cut over {meta.ulysses_world} Ulysses ranks\n"
             "       use context_parallel_attention, which puts the ring shard together first"
         )
-    return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, return_lse)
+    return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, strategy, return_lse)
 
 
 def _check_ring(meta: SequenceMeta, mesh: ParallelMesh) -> None:
@@ -223,6 +229,7 @@ def _over_ring(
     softcap: float,
     sinks: Tensor | None,
     kernel: str,
+    strategy: str | ContextStrategy | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a whole ring shard."""
@@ -240,7 +247,8 @@ def _over_ring(
         sinks,
         kernel,
         return_lse,
-        exchange=mesh.exchange.handle,
+        mesh=mesh,
+        strategy=mesh.plan.strategy if strategy is None else strategy,
     )
 
 
@@ -256,6 +264,7 @@ def ulysses_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     kernel: str = "auto",
+    strategy: str | ContextStrategy | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over `mesh.ulysses`, around that over `mesh.ring`: the rows of `attention` that the rank holds.
@@ -273,6 +282,7 @@ def ulysses_attention(
         meta: where the shard stands in the sequence, and who sees whom.
         mesh: must live until the backward pass is done.
         scale, softcap, kernel, return_lse: as in `attention`.
+        strategy: as in `ring_attention`, of the ring inside.
         sinks: likewise, of all heads and the same on every rank. Its gradient is this rank's part, to be summed over both axes
             like that of any parameter.
 
@@ -304,7 +314,7 @@ def ulysses_attention(
         # Rank j attends with the j-th share of the heads.
         sinks = sinks.unflatten(0, (world, -1))[mesh.ulysses.rank]
     q, k, v = to_heads(q, k, v, world=world, exchange=exchange)
-    result = _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, return_lse)
+    result = _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, strategy, return_lse)
     out, lse = result if isinstance(result, tuple) else (result, None)
     out = to_sequence(out, world=world, exchange=exchange)
     return out if lse is None else (out, lse_to_sequence(lse, world=world, exchange=exchange))
@@ -322,6 +332,7 @@ def context_parallel_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     kernel: str = "auto",
+    strategy: str | ContextStrategy | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention as the plan of `mesh` cuts sequences: `ulysses_attention` where `mesh.ulysses` has several ranks, else
@@ -329,8 +340,9 @@ def context_parallel_attention(
     """
     attend = ulysses_attention if max(mesh.ulysses.size, meta.ulysses_world) > 1 else ring_attention
     return attend(  # type: ignore[call-overload]
-        q, k, v, meta=meta, mesh=mesh, scale=scale, softcap=softcap, sinks=sinks, kernel=kernel, return_lse=return_lse
-    )
+        q, k, v, meta=meta, mesh=mesh, scale=scale, softcap=softcap, sinks=sinks, kernel=kernel, strategy=strategy,
+        return_lse=return_lse,
+    )  # fmt: skip
 
 
 def _attend(
@@ -348,16 +360,25 @@ def _attend(
     kernel: str,
     return_lse: bool,
     *,
-    exchange: str,
+    mesh: ParallelMesh | None = None,
+    strategy: str | ContextStrategy = "relay",
 ) -> Tensor | tuple[Tensor, Tensor]:
     axes = check_block(q, k, v)
     _check_local(axes, mask, world, seq_len)
     softcap = check_softcap(softcap)
     if sinks is not None:
         check_sinks(sinks, q)
-    hops, rows = _packed_hops(mask, layout, rank, world, seq_len)
+    schedule = _schedule(mask, layout, rank, world, seq_len)
+    wire = (None if mesh is None else mesh.exchange.grad_dtype) or state_dtype(k.dtype)
+    exchange = "" if mesh is None else mesh.exchange.handle
+    shape = Shape(
+        axes["b"], axes["sq"], axes["h"], axes["hk"], axes["d"], k.element_size(), wire.itemsize
+    )  # fmt: skip
+    chosen = resolve_strategy(strategy, schedule, shape, in_one_node=mesh is None or mesh.ring_in_one_node)
     scale = 1 / math.sqrt(axes["d"]) if scale is None else float(scale)
-    out, lse, _ = RING_ATTENTION_OP(q, k, v, hops, rows, kernel, scale, exchange, softcap, sinks)
+    out, lse = chosen.attend(
+        q, k, v, schedule=schedule, exchange=exchange, kernel=kernel, scale=scale, softcap=softcap, sinks=sinks
+    )
     return (out, lse) if return_lse else out
 
 
@@ -380,7 +401,5 @@ def _check_local(axes: dict[str, int], mask: AttentionMask, world: int, seq_len:
         )
 
 
-def _packed_hops(
-    mask: AttentionMask, layout: SequenceLayout, rank: int, world: int, seq_len: int
-) -> tuple[Tensor, Tensor]:
-    return RingSchedule.build(mask, layout, rank, world, seq_len).packed
+def _schedule(mask: AttentionMask, layout: SequenceLayout, rank: int, world: int, seq_len: int) -> RingSchedule:
+    return RingSchedule.build(mask, layout, rank, world, seq_len)

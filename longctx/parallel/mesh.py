@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import DistributedError
-from longctx.parallel.exchange import GroupLink, HeadExchange, Link, RingExchange
+from longctx.parallel.exchange import HeadExchange, Link, RingExchange
 from longctx.parallel.plan import Coords, ParallelPlan
+from longctx.parallel.transport import are_in_one_node, ring_link
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
@@ -65,6 +66,7 @@ class ParallelMesh:
         groups: dict[str, dist.ProcessGroup | None],
         link: Link | None,
         grad_dtype: torch.dtype | None = None,
+        ring_in_one_node: bool = True,
     ) -> None:
         self.plan = plan
         self.rank = rank
@@ -76,6 +78,8 @@ class ParallelMesh:
             for name in _AXES
             for ranks in [_axis_ranks(plan, name, self.coords)]
         )
+        # Whether all ranks of the ring are processes of one machine.
+        self.ring_in_one_node = ring_in_one_node
         self._link = link
         self._grad_dtype = grad_dtype
         self._exchange: RingExchange | None = None
@@ -102,7 +106,7 @@ class ParallelMesh:
 
         Raises:
             PlanError: the plan does not fit the world, or needs what is not available.
-            DistributedError: several processes are needed but none, or a backend that cannot carry the device's tensors, was
+            DistributedError: the transport that the plan names cannot be had; several processes are needed but none, or a backend that cannot carry the device's tensors, was
                 initialised; the device is not the current one; no contact.
         """
         device = torch.device(device)
@@ -114,8 +118,16 @@ class ParallelMesh:
             _check_backend(device)
             groups = _make_groups(plan, rank, device, timeout)
         ring = groups.get("ring")
-        link = GroupLink(ring) if ring is not None else None
-        mesh = cls(plan, rank, device=device, groups=groups, link=link, grad_dtype=grad_dtype)
+        link, in_one_node = None, True
+        if ring is not None:
+            prefix = f"[rank {rank} | {plan.coords(rank)}]"
+            in_one_node = are_in_one_node(ring)
+            link = ring_link(
+                ring, device, transport=plan.transport, in_one_node=in_one_node, timeout=timeout, prefix=prefix
+            )
+        mesh = cls(
+            plan, rank, device=device, groups=groups, link=link, grad_dtype=grad_dtype, ring_in_one_node=in_one_node
+        )
         mesh.exchange.warm_up(device)
         mesh.head_exchange.warm_up(device)
         return mesh

@@ -152,7 +152,8 @@ class Piece(NamedTuple):
         move: index of the move.
         is_sent: from here; else to here.
         keys: local keys, of this rank if sent or own, else of the source.
-        start: where they go among the gathered keys; -1: each to its own place, as `GatherPlan.order` says. 0 if sent.
+        start: where they stand, or if sent stood, among the keys that this rank gathers; -1: each at its own place, as
+            `GatherPlan.order` says.
     """
 
     move: int
@@ -166,9 +167,9 @@ class GatherPlan(NamedTuple):
 
     Args:
         hops, rows: `pack_hops` of one block, with key indices counted in the gathered keys, positions ascending.
-        moves: `pack_moves`, of the own keys the part that is needed.
-        pieces: int64 [pieces, 5]: the fields of `Piece`.
-        order: int64: where the keys of the pieces that start at -1 go, one such piece after the other.
+        moves: `pack_moves`.
+        pieces: int64 [pieces, 5]: the fields of `Piece`. The own keys are the pieces of the first move.
+        order: int64 [gathered keys]: where the own keys and those received stand, one move after the other.
     """
 
     hops: torch.Tensor
@@ -186,25 +187,15 @@ def gather_plan(schedule: RingSchedule) -> GatherPlan:
 @lru_cache(maxsize=CACHED_SCHEDULES)
 def _gather_plan(schedule: RingSchedule, hops: tuple[Hop, ...]) -> GatherPlan:
     s, world, rank, seq_len = schedule.seq_len // schedule.world, schedule.world, schedule.rank, schedule.seq_len
-    own = needed(*hops[0].key_range.bounds(s, s))
-    moves = [Move(0, Span(0, 0), own), *build_moves(schedule)[1:]]
+    moves = build_moves(schedule)
     held = [schedule.layout.positions(hop.source, world, seq_len) for hop in hops]
     received = [positions[slice(*move.receive)] for positions, move in zip(held, moves, strict=True)]
     gathered = torch.cat(received).sort().values
-    pieces, order = [], [torch.empty(0, dtype=torch.int64)]
-    for i, (move, positions) in enumerate(zip(moves, received, strict=True)):
-        places = torch.searchsorted(gathered, positions)
-        runs = _runs(positions)
-        if len(runs) > MAX_RUNS:
-            pieces.append(Piece(i, False, move.receive, -1))
-            order.append(places)
-        else:
-            first = move.receive.first
-            pieces += [Piece(i, False, Span(first + a, first + b), int(places[a])) for a, b in runs]
-        runs = _runs(held[0][slice(*move.send)])
-        if len(runs) > MAX_RUNS:
-            runs = [Span(0, move.send.size)]
-        pieces += [Piece(i, True, Span(move.send.first + a, move.send.first + b), 0) for a, b in runs]
+    order = [torch.searchsorted(gathered, positions) for positions in received]
+    pieces = []
+    for i, move in enumerate(moves):
+        pieces += _pieces(i, False, move.receive, received[i], order[i])
+        pieces += _pieces(i, True, move.send, held[0][slice(*move.send)], order[0][slice(*move.send)])
     # Counted in the gathered keys: every visible key is among them.
     seen = schedule.mask.key_range(held[0], seq_len)
     block = KeyRange.of(*(torch.searchsorted(gathered, x.contiguous()) for x in seen), len(gathered))
@@ -215,6 +206,14 @@ def _gather_plan(schedule: RingSchedule, hops: tuple[Hop, ...]) -> GatherPlan:
 def unpack_pieces(table: torch.Tensor) -> list[Piece]:
     """The pieces of a `GatherPlan`."""
     return [Piece(move, bool(is_sent), Span(a, b), start) for move, is_sent, a, b, start in table.tolist()]
+
+
+def _pieces(move: int, is_sent: bool, keys: Span, positions: torch.Tensor, places: torch.Tensor) -> list[Piece]:
+    """One for each run of consecutive positions; the sender and the receiver of keys find the same."""
+    runs = _runs(positions)
+    if len(runs) > MAX_RUNS:
+        return [Piece(move, is_sent, keys, -1)]
+    return [Piece(move, is_sent, Span(keys.first + a, keys.first + b), int(places[a])) for a, b in runs]
 
 
 def _runs(positions: torch.Tensor) -> list[Span]:

@@ -12,11 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from longctx.errors import LongCtxError, PlanError, Problem, format_problems
+from longctx.errors import LongCtxError, PlanError, Problem, did_you_mean, format_problems
 from longctx.layout import LAYOUTS, SequenceLayout, SequenceMeta, get_layout, nearest_lengths, shard_multiple
 
 # The token spans of a rank that `describe` writes out before it only counts them.
 SHOWN_SPANS = 4
+
+# Values of `strategy` and `transport`, explained at `ParallelPlan`.
+STRATEGIES = ("auto", "relay", "direct", "gather")
+TRANSPORTS = ("auto", "nccl", "copy_engine")
 
 # Degrees that a plan may name but that nothing implements yet, with what they are.
 _NOT_YET = {"pp": "pipeline stages", "tp": "tensor parallelism"}
@@ -48,6 +52,10 @@ class ParallelPlan:
             is that many processes. Must divide the query heads; key heads are divided, or repeated where they are fewer.
         tp: processes that share each weight matrix.
         layout: which positions of a sequence each ring rank holds, by name.
+        strategy: how the ranks of a ring get to see each other's keys: "relay", "direct", "gather", or "auto": what is
+            estimated to be fastest, logged with the reason.
+        transport: what carries the messages of a ring: "nccl" (gloo on CPUs), "copy_engine" (GPUs of one
+            node, through each other's memory), or "auto": the copy engine where it can be had, logged with the reason.
 
     The default is one process; a degree of 1 leaves its axis out.
     """
@@ -58,6 +66,8 @@ class ParallelPlan:
     ulysses: int = 1
     tp: int = 1
     layout: str = "zigzag"
+    strategy: str = "auto"
+    transport: str = "auto"
 
     @property
     def sp(self) -> int:
@@ -113,6 +123,9 @@ class ParallelPlan:
                 get_layout(self.layout)
             except LongCtxError as error:
                 found.append(Problem(str(error)))
+        for name, known in (("strategy", STRATEGIES), ("transport", TRANSPORTS)):
+            if (value := getattr(self, name)) not in known:
+                found.append(Problem(f"unknown {name} {value!r}: {did_you_mean(value, known)}"))
         return found
 
     def check(self, *, num_heads: int, num_kv_heads: int, seq_len: int) -> list[Problem]:

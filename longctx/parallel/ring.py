@@ -62,7 +62,7 @@ def _ring_attention(
         backward pass starts; empty where nothing came.
     """
     ring = get_exchange(exchange)
-    todo = _unpack(hops, rows)
+    todo = cached_hops(hops, rows)
     # Chosen before the first message: a block that no kernel can do must not leave other ranks waiting.
     kernels = [None if kr.kind == "empty" else select_kernel(kernel, q, kr, softcap) for _, kr in todo]
     message = torch.stack((k, v)) if len(todo) > 1 else k.new_empty(0)
@@ -115,8 +115,8 @@ def _ring_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv like q, k, v, contiguous; dsinks [h] of the local rows, empty without sinks. Uses no more than the inputs and outputs of the forward operator."""
     ring = get_exchange(exchange)
-    todo = _unpack(hops, rows)
-    kernels = [None if kr.kind == "empty" else _backward_kernel(kernel, q, kr, softcap, dlse) for _, kr in todo]
+    todo = cached_hops(hops, rows)
+    kernels = [None if kr.kind == "empty" else backward_kernel(kernel, q, kr, softcap, dlse) for _, kr in todo]
     # Gradients of sums and means come as expanded tensors, whose strides are 0.
     dout = dout.contiguous()
     delta = row_delta(out, dout)
@@ -226,7 +226,7 @@ def _accumulator(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=state_dtype(like.dtype), device=like.device)
 
 
-def _backward_kernel(name: str, q: Tensor, key_range: KeyRange, softcap: float, dlse: Tensor | None) -> BlockAttention:
+def backward_kernel(name: str, q: Tensor, key_range: KeyRange, softcap: float, dlse: Tensor | None) -> BlockAttention:
     """The kernel for one block's backward. A gradient of lse reaches the scores through delta alone."""
     chosen = select_kernel(name, q, key_range, softcap, "backward")
     if dlse is None or chosen.name not in _OWN_DELTA:
@@ -249,7 +249,8 @@ _unpacked: OrderedDict[tuple[int, int], tuple[Tensor, Tensor, Hops]] = OrderedDi
 _unpacked_lock = threading.Lock()
 
 
-def _unpack(table: Tensor, rows: Tensor) -> Hops:
+def cached_hops(table: Tensor, rows: Tensor) -> Hops:
+    """`unpack_hops`, remembered: the same key ranges for the same tensors."""
     key = (table.data_ptr(), rows.data_ptr())
     with _unpacked_lock:
         if key not in _unpacked:

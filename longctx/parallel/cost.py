@@ -1,0 +1,137 @@
+"""What each scheme of communication would cost, estimated from a few rows of the mask; the same on every rank.
+
+Times are those of the slowest rank at every hop. The rates are round figures of one kind of machine (Hopper, NVLink inside a
+node, one 400 Gb/s network card a GPU between nodes), good enough to tell schemes apart: what decides is which messages hide
+behind which products.
+
+Source: volumes and overlap of ring, all-gather and Ulysses schemes as derived in Liu et al. 2023 (arXiv 2310.01889) and
+Fang and Zhao 2024 (arXiv 2405.07719).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from longctx.layout import SequenceLayout
+from longctx.masks import AttentionMask
+from longctx.parallel.schedule import CACHED_SCHEDULES, sampled_rows
+
+# FLOP/s of attention kernels; bytes/s of the links inside a node and between nodes, and of the GPU's memory; seconds that a
+# message takes however small it is, and that a kernel loses at its start and in its last wave.
+FLOPS = 550e12
+NODE_BYTES = 250e9
+NETWORK_BYTES = 40e9
+MEMORY_BYTES = 2.5e12
+MESSAGE_S = 15e-6
+LAUNCH_S = 20e-6
+
+# Five products instead of two.
+BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call of one rank.
+
+    Args:
+        local_len: tokens of the rank.
+        itemsize, grad_itemsize: bytes of one element of K/V and of their gradients on the wire.
+    """
+
+    batch: int
+    local_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    itemsize: int
+    grad_itemsize: int = 4
+
+    @property
+    def key_elements(self) -> int:
+        """Of K and V of one key position."""
+        return 2 * self.batch * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class HopShares:
+    """Of one distance: the visible share of all pairs of two ranks, and the share of keys that is needed, each of the rank
+    with the most."""
+
+    area: float
+    keys: float
+
+
+@lru_cache(maxsize=CACHED_SCHEDULES)
+def hop_shares(mask: AttentionMask, layout: SequenceLayout, world: int, seq_len: int) -> tuple[HopShares, ...]:
+    """Of every distance that has work in the rows looked at; distance 0 first. O(world squared), not O(seq_len squared)."""
+    s = seq_len // world
+    rows = sampled_rows(s)
+    positions = [layout.positions(r, world, seq_len) for r in range(world)]
+    seen = [mask.key_range(p[rows], seq_len) for p in positions]
+    found = []
+    for distance in range(world):
+        areas, keys = [0.0], [0.0]
+        for rank in range(world):
+            k_pos = positions[(rank - distance) % world]
+            lo, hi = (torch.searchsorted(k_pos, x.contiguous()) for x in seen[rank])
+            sees = hi > lo
+            if bool(sees.any()):
+                areas.append(float((hi - lo).double().mean()) / s)
+                keys.append(float(hi[sees].max() - lo[sees].min()) / s)
+        if distance == 0 or max(areas) > 0:
+            found.append(HopShares(max(areas), max(keys)))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one call, forward and backward together, and of these the seconds in which only messages move."""
+
+    total: float
+    exposed: float
+
+
+def estimates(shape: Shape, hops: tuple[HopShares, ...], *, in_one_node: bool, groups: int) -> dict[str, Estimate]:
+    """Of every scheme, by name.
+
+    Args:
+        hops: `hop_shares`.
+        in_one_node: whether all ranks of the ring are.
+        groups: of heads, for gather.
+    """
+    speed = NODE_BYTES if in_one_node else NETWORK_BYTES
+    s = shape.local_len
+
+    def message(keys: float, itemsize: int) -> float:
+        return MESSAGE_S + keys * s * shape.key_elements * itemsize / speed if keys else 0.0
+
+    pairs = 4 * shape.batch * shape.num_heads * shape.head_dim * s * s
+    work = [pairs * hop.area / FLOPS for hop in hops]
+    # The carried state is written and read in fp32 at every hop; so is dq.
+    state = 8 * shape.batch * s * shape.num_heads * shape.head_dim / MEMORY_BYTES
+    found = {}
+    for name, shares in (("relay", [1.0] * len(hops)), ("direct", [hop.keys for hop in hops])):
+        there = [message(x, shape.itemsize) for x in shares]
+        home = [message(x, shape.grad_itemsize) for x in shares]
+        forward = sum(max(0.0, there[i + 1] - work[i]) for i in range(len(hops) - 1))
+        # While hop i is computed, the block of hop i - 1 comes and the gradients of hop i + 1 go.
+        beside = [
+            (there[i - 1] if i > 1 else 0.0) + (home[i + 1] if i + 1 < len(hops) else 0.0) for i in range(len(hops))
+        ]
+        backward = sum(max(0.0, b - BACKWARD * w) for b, w in zip(beside, work, strict=True))
+        passes = (len(hops) - 1) * (LAUNCH_S + state) * 2
+        found[name] = Estimate((1 + BACKWARD) * sum(work) + passes + forward + backward, forward + backward)
+    there_all, home_all = (
+        sum(message(hop.keys / groups, size) for hop in hops[1:]) for size in (shape.itemsize, shape.grad_itemsize)
+    )
+    part = sum(work) / groups
+    exposed = 2 * there_all + home_all
+    exposed += (groups - 1) * (max(0.0, there_all - part) + max(0.0, there_all + home_all - BACKWARD * part))
+    # Keys and their gradients are put in order and collected again.
+    copies = sum(hop.keys for hop in hops) * s * shape.key_elements * (4 * shape.itemsize + 8) / MEMORY_BYTES
+    passes = (groups - 1) * 2 * LAUNCH_S + copies
+    found["gather"] = Estimate((1 + BACKWARD) * sum(work) + passes + exposed, exposed)
+    return found
