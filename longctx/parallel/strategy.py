@@ -181,7 +181,8 @@ def choose_strategy(schedule: RingSchedule, shape: Shape, *, in_one_node: bool) 
     hops = hop_shares(schedule.mask, schedule.layout, schedule.world, schedule.seq_len)
     groups = GatherStrategy().groups_of(shape.num_kv_heads, schedule.world)
     found = estimates(shape, hops, in_one_node=in_one_node, groups=groups)
-    best = min(found, key=lambda name: found[name].total)
+    # Among equals what sends less.
+    best = min(("direct", "gather", "relay"), key=lambda name: found[name].total)
     told = ", ".join(
         f"{name} {1e3 * e.total:.2f} ms ({1e3 * e.exposed:.2f} of it waiting)"
         for name, e in sorted(found.items(), key=lambda item: item[1].total)

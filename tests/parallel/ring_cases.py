@@ -73,11 +73,11 @@ class Case:
     kernel: str = "reference"
     # Whether the loss depends on lse too.
     lse_gradient: bool = True
-    strategy: str = "relay"
+    strategy: str | None = "relay"
 
     def __str__(self) -> str:
         parts = [self.mask, self.layout, str(self.dtype).removeprefix("torch."), self.heads, self.kernel]
-        parts += [self.strategy] * (self.strategy != "relay")
+        parts += [str(self.strategy)] * (self.strategy != "relay")
         return "-".join(parts + ["lse"] * self.lse_gradient)
 
 
@@ -211,7 +211,7 @@ def _sent(mesh: ParallelMesh) -> int:
 
 def _predicted(mesh: ParallelMesh, case: Case, schedule: RingSchedule) -> CommBytes:
     (h, hk), ulysses, lse = HEADS[case.heads], mesh.ulysses.size, state_dtype(case.dtype)
-    ring = get_strategy(case.strategy).comm_bytes(
+    ring = get_strategy(case.strategy or "relay").comm_bytes(
         schedule,
         batch=BATCH,
         num_kv_heads=max(hk, ulysses) // ulysses,
