@@ -345,7 +345,11 @@ def run(args: argparse.Namespace) -> int:
             "there is no CUDA device to measure on; `longctx bench attention --smoke` runs tiny sizes on the CPU"
         )
     device, dtype = (torch.device("cpu"), torch.float32) if args.smoke else (torch.device("cuda"), torch.bfloat16)
-    cases, entrants, size = cases_of(args, SMOKE_CASES if args.smoke else DEFAULT_CASES), _entrants(args), 256 if args.smoke else 8192
+    cases, entrants, size = (
+        cases_of(args, SMOKE_CASES if args.smoke else DEFAULT_CASES),
+        _entrants(args),
+        256 if args.smoke else 8192,
+    )
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
     where = environment(gpu, commit=args.commit)
     title = f"{gpu}, torch {where['torch']}, triton {where['triton']}, commit {where['commit']}"

@@ -190,9 +190,7 @@ def table(results: Sequence[RingResult], entrants: Sequence[RingContender], worl
             body.append([titles.get(name, name), *rates, *shares, " / ".join(shown) or "-"])
         widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
         lines.append(result.case.label)
-        lines += [
-            "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in body
-        ]
+        lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in body]
         lines.append("")
         notes += [f"{result.case.label}: {titles.get(name, name)}: {why}" for name, why in result.refused.items()]
     return "\n".join([*lines, *notes])
@@ -214,9 +212,7 @@ def rows_of(result: RingResult, world: int, **where) -> list[Measurement]:
     ]
 
 
-def plot(
-    results: Sequence[RingResult], entrants: Sequence[RingContender], world: int, path: Path, title: str
-) -> None:
+def plot(results: Sequence[RingResult], entrants: Sequence[RingContender], world: int, path: Path, title: str) -> None:
     """Bars of TFLOP/s per GPU, a group for each case, and the best kernel on one GPU as a line over each.
 
     Raises:
@@ -252,7 +248,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `longctx bench ring`."""
     p = argparse.ArgumentParser(prog="longctx bench ring", description=__doc__.splitlines()[0])
     case_arguments(p)
-    p.add_argument("--nproc", type=int, help="processes, where torchrun does not start them (every GPU; 2 with --smoke)")
+    p.add_argument(
+        "--nproc", type=int, help="processes, where torchrun does not start them (every GPU; 2 with --smoke)"
+    )
     p.add_argument("--transport", nargs="+", choices=["auto", "nccl", "copy_engine"], help="(nccl copy_engine)")
     return p
 

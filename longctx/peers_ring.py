@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -149,6 +148,7 @@ class PlainUlysses(OurUlysses):
         from torch.distributed._functional_collectives import all_to_all_single_autograd
 
         group = ranks.mesh(ParallelPlan(ulysses=ranks.world)).ulysses.group
+        assert group is not None, "there are at least two ranks"
 
         def exchange(x: torch.Tensor) -> torch.Tensor:
             return all_to_all_single_autograd(x.contiguous(), None, None, group)

@@ -21,8 +21,10 @@ ROOT = PACKAGE.parent
 LAYERS = (
     ("L0", ("errors", "shapes", "masks", "layout")),
     ("L1", ("kernels",)),
-    ("L2 pure", ("parallel.plan", "parallel.schedule")),
-    ("L2", ("parallel.mesh", "parallel.exchange", "parallel.ring", "parallel.ulysses", "parallel.loss")),
+    ("L2 pure", ("parallel.plan", "parallel.schedule", "parallel.moves", "parallel.cost")),
+    ("L2 messages", ("parallel.exchange", "parallel.transport", "parallel.mesh")),
+    ("L2", ("parallel.operator", "parallel.ring", "parallel.direct", "parallel.routes", "parallel.gather")),
+    ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.loss")),
     ("L3", ("flash", "functional")),
     ("L4", ("attention", "rope", "model")),
     ("L5 text and numbers", ("settings", "corpus", "tokenizer", "tokens", "data", "metrics", "results", "tables")),
@@ -30,8 +32,11 @@ LAYERS = (
     ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
-    ("L6 commands", ("peers", "bench", "comparison", "broken", "parity", "check", "draw", "info", "__main__")),
+    ("L6 commands", ("peers", "peers_ring", "bench", "bench_ring", "draw", "info")),
+    ("L6 checks", ("comparison", "broken", "parity", "check")),
+    ("L6 command line", ("__main__",)),
 )
+PURE = ("parallel.plan", "parallel.schedule", "parallel.moves", "parallel.cost")
 LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}
 
 # What a module must not import, at any depth of its code: (modules, forbidden packages, why).
@@ -39,7 +44,7 @@ FORBIDDEN = (
     (("errors",), ("torch", "numpy", "longctx"), "errors are plain Python"),
     (("shapes", "masks", "layout"), ("triton", "torch.distributed", "deepspeed"), "L0 is torch only"),
     (("kernels",), ("torch.distributed", "deepspeed"), "a kernel knows of no other process"),
-    (("parallel.plan", "parallel.schedule"), ("torch.distributed", "deepspeed"), "plans are decided without a GPU"),
+    (PURE, ("torch.distributed", "deepspeed"), "plans are decided without a GPU"),
     (
         ("parallel", "flash", "functional", "attention", "rope", "model"),
         ("deepspeed", "wandb"),

@@ -18,9 +18,9 @@ from torch import Tensor
 from longctx.kernels import SoftmaxState, row_delta, select_kernel, state_dtype
 from longctx.kernels.sinks import add_sinks, sink_gradient
 from longctx.parallel.exchange import RingExchange, Trade, get_exchange
-from longctx.parallel.routes import Route, unpack_routes
 from longctx.parallel.operator import attention_operators
 from longctx.parallel.ring import backward_kernel, cached_hops
+from longctx.parallel.routes import Route, unpack_routes
 
 
 def _forward(

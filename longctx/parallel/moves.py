@@ -186,7 +186,7 @@ def gather_plan(schedule: RingSchedule) -> GatherPlan:
 
 @lru_cache(maxsize=CACHED_SCHEDULES)
 def _gather_plan(schedule: RingSchedule, hops: tuple[Hop, ...]) -> GatherPlan:
-    s, world, rank, seq_len = schedule.seq_len // schedule.world, schedule.world, schedule.rank, schedule.seq_len
+    s, world, seq_len = schedule.seq_len // schedule.world, schedule.world, schedule.seq_len
     moves = build_moves(schedule)
     held = [schedule.layout.positions(hop.source, world, seq_len) for hop in hops]
     received = [positions[slice(*move.receive)] for positions, move in zip(held, moves, strict=True)]
@@ -197,8 +197,8 @@ def _gather_plan(schedule: RingSchedule, hops: tuple[Hop, ...]) -> GatherPlan:
         pieces += _pieces(i, False, move.receive, received[i], order[i])
         pieces += _pieces(i, True, move.send, held[0][slice(*move.send)], order[0][slice(*move.send)])
     # Counted in the gathered keys: every visible key is among them.
-    seen = schedule.mask.key_range(held[0], seq_len)
-    block = KeyRange.of(*(torch.searchsorted(gathered, x.contiguous()) for x in seen), len(gathered))
+    lo, hi = (torch.searchsorted(gathered, x.contiguous()) for x in schedule.mask.key_range(held[0], seq_len))
+    block = KeyRange.of(lo, hi, len(gathered))
     table = torch.tensor([(p.move, p.is_sent, *p.keys, p.start) for p in pieces], dtype=torch.int64).view(-1, 5)
     return GatherPlan(*pack_hops([(0, block)], s), pack_moves(moves), table, torch.cat(order))
 

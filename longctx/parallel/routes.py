@@ -6,7 +6,6 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from longctx.parallel.moves import Move, Span, unpack_moves, unpack_pieces

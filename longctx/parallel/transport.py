@@ -122,7 +122,13 @@ def are_in_one_node(group: dist.ProcessGroup) -> bool:
 
 
 def ring_link(
-    group: dist.ProcessGroup, device: torch.device, *, transport: str, in_one_node: bool, timeout: timedelta, prefix: str
+    group: dist.ProcessGroup,
+    device: torch.device,
+    *,
+    transport: str,
+    in_one_node: bool,
+    timeout: timedelta,
+    prefix: str,
 ) -> Link:
     """What carries the messages of the ring `group`, and a line in the log that says why. Collective.
 

@@ -85,7 +85,10 @@ def test_inside_exchanged_heads(name):
 @pytest.mark.parametrize("name", NEW)
 def test_virtual_rings(name, world):
     for mask, layout in itertools.product(("causal", "full", "own_docs", "docs_causal_window"), ("zigzag", "striped1")):
-        assert problems([{"": r} for r in run_virtual_ring(run_case, Case(mask, layout, strategy=name), world=world)]) == {}
+        assert (
+            problems([{"": r} for r in run_virtual_ring(run_case, Case(mask, layout, strategy=name), world=world)])
+            == {}
+        )
 
 
 @settings(max_examples=30)
@@ -243,9 +246,7 @@ def test_two_ranks_of_zigzag():
 def test_zigzag_sends_half_on_half_of_the_hops(world):
     shape = {"batch": 1, "num_kv_heads": 2, "head_dim": 8, "itemsize": 2}
     ranks = schedules(Causal(), ZigZag(), world)
-    sent = {
-        name: sum(get_strategy(name).comm_bytes(s, **shape).forward for s in ranks) for name in strategy_names()
-    }
+    sent = {name: sum(get_strategy(name).comm_bytes(s, **shape).forward for s in ranks) for name in strategy_names()}
     assert sent["direct"] == sent["gather"] == sent["relay"] * 3 // 4
 
 
@@ -376,7 +377,9 @@ def refused_on_cpus(rank: int) -> str:
 
 def test_copy_engines_are_refused_where_there_are_none():
     for rank, said in enumerate(run_distributed(refused_on_cpus, world=2)):
-        assert said.startswith(f"[rank {rank} | dp0 pp0 ring{rank} uly0 tp0] transport 'copy_engine' cannot be had: cpu")
+        assert said.startswith(
+            f"[rank {rank} | dp0 pp0 ring{rank} uly0 tp0] transport 'copy_engine' cannot be had: cpu"
+        )
         assert "leave transport 'auto'" in said
 
 
@@ -391,7 +394,14 @@ def gpu_worker(rank: int, transport: str, cases: dict[str, Case]) -> dict[str, R
 def test_strategies_of_gpus(transport):
     cases = {
         f"{mask}-{layout}-{name}": Case(
-            mask, layout, torch.bfloat16, head_dim=128, seq_len=seq_len, kernel="auto", lse_gradient=False, strategy=name
+            mask,
+            layout,
+            torch.bfloat16,
+            head_dim=128,
+            seq_len=seq_len,
+            kernel="auto",
+            lse_gradient=False,
+            strategy=name,
         )
         for mask, layout, name, seq_len in itertools.product(
             ("causal", "window_causal", "prefix"), ("zigzag", "striped4"), strategy_names(), (512, 2048)
