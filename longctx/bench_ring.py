@@ -162,8 +162,8 @@ def _timed(call: Callable[[], object], ranks: Ranks) -> float:
         return 1e3 * (time.perf_counter() - began)
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # The GPUs wait a little, so that what is measured is never the launching.
-    torch.cuda._sleep(400_000)
+    # The GPUs wait about 2 ms, so that what is measured is never the launching.
+    torch.cuda._sleep(4_000_000)
     start.record()
     call()
     end.record()

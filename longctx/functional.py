@@ -374,7 +374,10 @@ def _attend(
     shape = Shape(
         axes["b"], axes["sq"], axes["h"], axes["hk"], axes["d"], k.element_size(), wire.itemsize
     )  # fmt: skip
-    chosen = resolve_strategy(strategy, schedule, shape, in_one_node=mesh is None or mesh.ring_in_one_node)
+    chosen = resolve_strategy(
+        strategy, schedule, shape, q, kernel=kernel, softcap=softcap,
+        in_one_node=mesh is None or mesh.ring_in_one_node,
+    )  # fmt: skip
     scale = 1 / math.sqrt(axes["d"]) if scale is None else float(scale)
     out, lse = chosen.attend(
         q, k, v, schedule=schedule, exchange=exchange, kernel=kernel, scale=scale, softcap=softcap, sinks=sinks

@@ -10,6 +10,7 @@ Fang and Zhao 2024 (arXiv 2405.07719).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,14 +20,17 @@ from longctx.layout import SequenceLayout
 from longctx.masks import AttentionMask
 from longctx.parallel.schedule import CACHED_SCHEDULES, sampled_rows
 
-# FLOP/s of attention kernels; bytes/s of the links inside a node and between nodes, and of the GPU's memory; seconds that a
-# message takes however small it is, and that a kernel loses at its start and in its last wave.
-FLOPS = 550e12
-NODE_BYTES = 250e9
+# Bytes/s of the links inside a node and between nodes, and of the GPU's memory; seconds that a message takes however small it
+# is, and that one more kernel loses at its start and in its last wave. Links measured on two H200 with messages of 32 MiB and
+# more (both transports, 245 to 350 GB/s); the rest fits the times of rings with and without messages there, 2026-11-23.
+NODE_BYTES = 280e9
 NETWORK_BYTES = 40e9
-MEMORY_BYTES = 2.5e12
-MESSAGE_S = 15e-6
-LAUNCH_S = 20e-6
+MEMORY_BYTES = 3e12
+MESSAGE_S = 20e-6
+LAUNCH_S = 150e-6
+
+# FLOP/s of kernels forward and backward, by name; of any other, the last.
+KERNEL_FLOPS = {"hopper": (650e12, 550e12), "cudnn": (600e12, 540e12), "triton": (500e12, 400e12)}
 
 # Five products instead of two.
 BACKWARD = 2.5
@@ -94,11 +98,31 @@ class Estimate:
     exposed: float
 
 
-def estimates(shape: Shape, hops: tuple[HopShares, ...], *, in_one_node: bool, groups: int) -> dict[str, Estimate]:
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of the kernels that a scheme runs."""
+
+    forward: float
+    backward: float
+
+    @staticmethod
+    def of(kernels: Iterable[tuple[str, str, int]]) -> Rates:
+        """Of blocks, each with its kernel forward and backward and its area: together as fast as so many products are."""
+        blocks = list(kernels)
+        area = sum(n for *_, n in blocks)
+        known = list(KERNEL_FLOPS.values())[-1]
+        seconds = [sum(n / KERNEL_FLOPS.get(names[i], known)[i] for *names, n in blocks) for i in (0, 1)]
+        return Rates(*(area / s for s in seconds)) if area else Rates(*known)
+
+
+def estimates(
+    shape: Shape, hops: tuple[HopShares, ...], *, by_hop: Rates, at_once: Rates, in_one_node: bool, groups: int
+) -> dict[str, Estimate]:
     """Of every scheme, by name.
 
     Args:
         hops: `hop_shares`.
+        by_hop, at_once: of the kernels for the blocks of single hops, and for the one block of gathered keys.
         in_one_node: whether all ranks of the ring are.
         groups: of heads, for gather.
     """
@@ -109,29 +133,31 @@ def estimates(shape: Shape, hops: tuple[HopShares, ...], *, in_one_node: bool, g
         return MESSAGE_S + keys * s * shape.key_elements * itemsize / speed if keys else 0.0
 
     pairs = 4 * shape.batch * shape.num_heads * shape.head_dim * s * s
-    work = [pairs * hop.area / FLOPS for hop in hops]
+    there_work = [pairs * hop.area / by_hop.forward for hop in hops]
+    back_work = [BACKWARD * pairs * hop.area / by_hop.backward for hop in hops]
     # The carried state is written and read in fp32 at every hop; so is dq.
     state = 8 * shape.batch * s * shape.num_heads * shape.head_dim / MEMORY_BYTES
     found = {}
     for name, shares in (("relay", [1.0] * len(hops)), ("direct", [hop.keys for hop in hops])):
         there = [message(x, shape.itemsize) for x in shares]
         home = [message(x, shape.grad_itemsize) for x in shares]
-        forward = sum(max(0.0, there[i + 1] - work[i]) for i in range(len(hops) - 1))
+        forward = sum(max(0.0, there[i + 1] - there_work[i]) for i in range(len(hops) - 1))
         # While hop i is computed, the block of hop i - 1 comes and the gradients of hop i + 1 go.
         beside = [
             (there[i - 1] if i > 1 else 0.0) + (home[i + 1] if i + 1 < len(hops) else 0.0) for i in range(len(hops))
         ]
-        backward = sum(max(0.0, b - BACKWARD * w) for b, w in zip(beside, work, strict=True))
+        backward = sum(max(0.0, b - w) for b, w in zip(beside, back_work, strict=True))
         passes = (len(hops) - 1) * (LAUNCH_S + state) * 2
-        found[name] = Estimate((1 + BACKWARD) * sum(work) + passes + forward + backward, forward + backward)
+        found[name] = Estimate(sum(there_work) + sum(back_work) + passes + forward + backward, forward + backward)
     there_all, home_all = (
         sum(message(hop.keys / groups, size) for hop in hops[1:]) for size in (shape.itemsize, shape.grad_itemsize)
     )
-    part = sum(work) / groups
+    visible = pairs * sum(hop.area for hop in hops)
+    there_part, back_part = visible / at_once.forward / groups, BACKWARD * visible / at_once.backward / groups
     exposed = 2 * there_all + home_all
-    exposed += (groups - 1) * (max(0.0, there_all - part) + max(0.0, there_all + home_all - BACKWARD * part))
+    exposed += (groups - 1) * (max(0.0, there_all - there_part) + max(0.0, there_all + home_all - back_part))
     # Keys and their gradients are put in order and collected again.
     copies = sum(hop.keys for hop in hops) * s * shape.key_elements * (4 * shape.itemsize + 8) / MEMORY_BYTES
     passes = (groups - 1) * 2 * LAUNCH_S + copies
-    found["gather"] = Estimate((1 + BACKWARD) * sum(work) + passes + exposed, exposed)
+    found["gather"] = Estimate(groups * (there_part + back_part) + passes + exposed, exposed)
     return found

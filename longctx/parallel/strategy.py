@@ -11,14 +11,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from longctx.errors import PlanError, did_you_mean
-from longctx.parallel.cost import Shape, estimates, hop_shares
+from longctx.kernels import select_kernel
+from longctx.parallel.cost import Rates, Shape, estimates, hop_shares
 from longctx.parallel.direct import DIRECT_ATTENTION
 from longctx.parallel.gather import GATHER_ATTENTION
 from longctx.parallel.moves import direct_comm_bytes, direct_plan, gather_comm_bytes, gather_plan
-from longctx.parallel.ring import RING_ATTENTION_OP
+from longctx.parallel.ring import RING_ATTENTION_OP, cached_hops
 from longctx.parallel.schedule import CommBytes, RingSchedule, comm_bytes
 from longctx.parallel.ulysses import ALL_TO_ALL_OP
 
@@ -173,14 +175,41 @@ def get_strategy(name: str) -> ContextStrategy:
     return _STRATEGIES[name]
 
 
-def choose_strategy(schedule: RingSchedule, shape: Shape, *, in_one_node: bool) -> tuple[ContextStrategy, str]:
-    """The scheme that `estimates` finds fastest for such a call, and why, as a line for a log.
+@lru_cache(maxsize=64)
+def choose_strategy(
+    schedule: RingSchedule,
+    shape: Shape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel: str = "auto",
+    softcap: float = 0.0,
+    in_one_node: bool,
+) -> tuple[ContextStrategy, str]:
+    """The scheme that `estimates` finds fastest for such a call, and why, as a line for a log; remembered.
 
-    The same on every rank of the ring: it looks at all ranks' rows and at no rank's own.
+    The same on every rank of the ring: it looks at all ranks' rows, and for the kernels at those of the first rank.
+
+    Args:
+        device, dtype: of q, k and v.
+        kernel, softcap: as `longctx.functional.attention`.
+
+    Raises:
+        KernelError: no kernel can do the blocks.
     """
+    q = torch.empty(1, 1, 1, shape.head_dim, device=device, dtype=dtype)
     hops = hop_shares(schedule.mask, schedule.layout, schedule.world, schedule.seq_len)
+    first = RingSchedule.build(schedule.mask, schedule.layout, 0, schedule.world, schedule.seq_len)
+    rates = []
+    for plan in (direct_plan(first), gather_plan(first)):
+        blocks = []
+        for hop, (_, key_range) in zip(first.hops, cached_hops(plan.hops, plan.rows), strict=False):
+            if key_range.kind != "empty":
+                there, back = (select_kernel(kernel, q, key_range, softcap, d).name for d in ("forward", "backward"))
+                blocks.append((there, back, hop.area))
+        rates.append(Rates.of(blocks))
     groups = GatherStrategy().groups_of(shape.num_kv_heads, schedule.world)
-    found = estimates(shape, hops, in_one_node=in_one_node, groups=groups)
+    found = estimates(shape, hops, by_hop=rates[0], at_once=rates[1], in_one_node=in_one_node, groups=groups)
     # Among equals what sends less.
     best = min(("direct", "gather", "relay"), key=lambda name: found[name].total)
     told = ", ".join(
@@ -195,12 +224,20 @@ def choose_strategy(schedule: RingSchedule, shape: Shape, *, in_one_node: bool) 
 
 
 def resolve_strategy(
-    strategy: str | ContextStrategy, schedule: RingSchedule, shape: Shape, *, in_one_node: bool
+    strategy: str | ContextStrategy,
+    schedule: RingSchedule,
+    shape: Shape,
+    q: Tensor,
+    *,
+    kernel: str = "auto",
+    softcap: float = 0.0,
+    in_one_node: bool,
 ) -> ContextStrategy:
-    """The strategy itself, or the one of that name; with "auto" the chosen one, logged once for every kind of call.
+    """The strategy itself, or the one of that name; with "auto" the one of `choose_strategy`, logged once for every kind of call.
 
     Raises:
         PlanError: unknown name.
+        KernelError: as `choose_strategy`.
     """
     if schedule.world == 1:
         # Nothing is sent, so there is nothing to choose.
@@ -209,7 +246,9 @@ def resolve_strategy(
         return strategy
     if strategy != "auto":
         return get_strategy(strategy)
-    chosen, why = choose_strategy(schedule, shape, in_one_node=in_one_node)
+    chosen, why = choose_strategy(
+        schedule, shape, device=q.device, dtype=q.dtype, kernel=kernel, softcap=softcap, in_one_node=in_one_node
+    )
     _log_choice(chosen.name, type(schedule.mask).__name__, schedule.layout.name, schedule.world, shape, why)
     return chosen
 

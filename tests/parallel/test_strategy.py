@@ -261,12 +261,13 @@ def test_a_window_sends_a_halo():
 
 
 SHAPE = Shape(batch=1, local_len=32768, num_heads=32, num_kv_heads=8, head_dim=128, itemsize=2)
+ON_CPU = {"device": torch.device("cpu"), "dtype": torch.float32, "kernel": "reference"}
 
 
 @pytest.mark.parametrize("mask", [Causal(), Full(), Documents((0, 100, 4096, 32768)), SlidingWindow(64) & Causal()])
 @pytest.mark.parametrize("in_one_node", [True, False])
 def test_every_rank_chooses_alike_and_says_why(mask, in_one_node):
-    found = {choose_strategy(s, SHAPE, in_one_node=in_one_node) for s in schedules(mask, ZigZag(), 4, 32768)}
+    found = {choose_strategy(s, SHAPE, **ON_CPU, in_one_node=in_one_node) for s in schedules(mask, ZigZag(), 4, 32768)}
     ((chosen, why),) = found
     assert why.startswith(f"{chosen.name} for 32_768 tokens a rank, 32/8 heads of 128")
     assert all(name in why for name in strategy_names())
@@ -276,7 +277,7 @@ def test_every_rank_chooses_alike_and_says_why(mask, in_one_node):
 def test_the_relay_is_never_better_where_it_sends_more():
     s = schedules(Causal(), ZigZag(), 4, 32768)[0]
     for length, in_one_node in itertools.product((256, 4096, 65536), (True, False)):
-        chosen, _ = choose_strategy(s, replace(SHAPE, local_len=length), in_one_node=in_one_node)
+        chosen, _ = choose_strategy(s, replace(SHAPE, local_len=length), **ON_CPU, in_one_node=in_one_node)
         assert chosen.name != "relay"
 
 
@@ -285,8 +286,8 @@ def test_the_choice_is_logged_once(caplog):
     s = schedules(Causal(), ZigZag(), 4)[0]
     with caplog.at_level(logging.INFO, logger=strategy.__name__):
         for _ in range(3):
-            strategy.resolve_strategy("auto", s, SHAPE, in_one_node=True)
-        strategy.resolve_strategy("direct", s, SHAPE, in_one_node=True)
+            strategy.resolve_strategy("auto", s, SHAPE, torch.zeros(1), in_one_node=True)
+        strategy.resolve_strategy("direct", s, SHAPE, torch.zeros(1), in_one_node=True)
     assert len([r for r in caplog.records if r.getMessage().startswith("strategy ")]) == 1
 
 
