@@ -42,7 +42,7 @@ SMOKE_CASES = (
 SMOKE_WORLD = 2
 
 # A timed call is repeated for about so long, but at least and at most so often.
-TIMED_S = 0.4
+TIMED_S = 0.25
 REPEATS = (3, 20)
 
 
@@ -68,7 +68,7 @@ class RingResult:
     def exposed(self, name: str, metric: str) -> float | None:
         """Milliseconds that messages add."""
         silent = self.silent_ms.get(name)
-        return None if silent is None else self.ms[name][metric] - silent[metric]
+        return self.ms[name][metric] - silent[metric] if silent else None
 
 
 def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: torch.dtype) -> RingResult:
@@ -85,7 +85,8 @@ def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: 
             share, attend = alone.attend(case, ranks)
             heads = {"q": share.heads, "k": share.kv_heads, "v": share.kv_heads, "dout": share.heads}
             part = [tensors[name][:, :, :n].detach().contiguous() for name, n in heads.items()]
-            result.ms[alone.title] = _times(attend, part, ranks)
+            _both(attend, part)
+            result.ms[alone.title], _ = _times(attend, part, ranks)
     for entrant in entrants:
         with _reasons(result, entrant.name, ranks):
             meta = entrant.meta(case, ranks)
@@ -96,10 +97,8 @@ def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: 
                 if not error <= WRONG:
                     result.wrong.append(entrant.name)
                     raise Unavailable(f"WRONG RESULT: relative error {error:.2g}, more than {WRONG}")
-                result.ms[entrant.name] = _times(attend, local, ranks)
-            silent = entrant.without_messages(case, ranks)
-            if silent is not None:
-                result.silent_ms[entrant.name] = _times(silent, local, ranks)
+                silent = entrant.without_messages(case, ranks)
+                result.ms[entrant.name], result.silent_ms[entrant.name] = _times(attend, local, ranks, silent)
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
     return result
@@ -137,21 +136,36 @@ def _largest(value: float, ranks: Ranks) -> float:
     return float(found)
 
 
-def _times(attend: Attend, local: Sequence[torch.Tensor], ranks: Ranks) -> dict[str, float]:
+def _times(
+    attend: Attend, local: Sequence[torch.Tensor], ranks: Ranks, silent: Attend | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds by metric, and the same of `silent`, where there is one."""
     leaves = [x.requires_grad_() for x in local[:3]]
-    calls: dict[str, Callable[[], object]] = {
-        "forward": lambda: attend(*leaves),
-        "forward+backward": lambda: torch.autograd.grad(attend(*leaves), leaves, local[3]),
-    }
-    return {metric: median_ms(call, ranks) for metric, call in calls.items()}
+
+    def forward(attend: Attend) -> Callable[[], object]:
+        return lambda: attend(*leaves)
+
+    def both(attend: Attend) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(attend(*leaves), leaves, local[3])
+
+    times: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    variants = [attend] if silent is None else [attend, silent]
+    for metric, make in zip(METRICS, (forward, both), strict=True):
+        for found, ms in zip(times, medians_ms([make(x) for x in variants], ranks), strict=False):
+            found[metric] = ms
+    return times
 
 
-def median_ms(call: Callable[[], object], ranks: Ranks) -> float:
-    """Median milliseconds of the slowest rank, all ranks starting together. Collective."""
-    call()
-    once = _largest(_timed(call, ranks), ranks)
-    repeats = min(REPEATS[1], max(REPEATS[0], round(1e3 * TIMED_S / once)))
-    return _largest(statistics.median(_timed(call, ranks) for _ in range(repeats)), ranks)
+def medians_ms(calls: Sequence[Callable[[], object]], ranks: Ranks) -> list[float]:
+    """Median milliseconds of the slowest rank for each call, all ranks starting together. Collective.
+
+    What they run was compiled before.
+    The calls take turns: a GPU gets slower as it gets warmer, by more than what some of them differ by.
+    """
+    times = [[_timed(call, ranks) for call in calls]]
+    repeats = min(REPEATS[1], max(REPEATS[0], round(1e3 * TIMED_S / _largest(times[0][0], ranks))))
+    times += [[_timed(call, ranks) for call in calls] for _ in range(repeats - 1)]
+    return [_largest(statistics.median(column), ranks) for column in zip(*times, strict=True)]
 
 
 def _timed(call: Callable[[], object], ranks: Ranks) -> float:

@@ -6,6 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -184,12 +185,11 @@ class TorchContextParallel(RingContender):
 
     @contextlib.contextmanager
     def _context(self, case: Case, ranks: Ranks) -> Iterator[Attend]:
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor.experimental import context_parallel
         from torch.distributed.tensor.experimental._attention import set_rotate_method
 
         set_rotate_method(self._method)
-        mesh = init_device_mesh("cuda", (ranks.world,))
+        mesh = _device_mesh(ranks.world)
         # It asks for buffers of the whole sequence, to cut them as it is used to: head and tail, which is zigzag.
         whole = torch.zeros(case.seq_len, device=ranks.device)
         repeats = case.heads // case.kv_heads
@@ -205,6 +205,13 @@ class TorchContextParallel(RingContender):
 
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), context_parallel(mesh, buffers=[whole], buffer_seq_dims=[0]):
             yield grouped if _can_differentiate(grouped, case, ranks) else expanded
+
+
+@cache
+def _device_mesh(world: int):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cuda", (world,))
 
 
 def _can_differentiate(attend: Attend, case: Case, ranks: Ranks) -> bool:

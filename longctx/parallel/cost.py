@@ -10,7 +10,7 @@ Fang and Zhao 2024 (arXiv 2405.07719).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -116,13 +116,13 @@ class Rates:
 
 
 def estimates(
-    shape: Shape, hops: tuple[HopShares, ...], *, by_hop: Rates, at_once: Rates, in_one_node: bool, groups: int
+    shape: Shape, hops: tuple[HopShares, ...], rates: Mapping[str, Rates], *, in_one_node: bool, groups: int
 ) -> dict[str, Estimate]:
-    """Of every scheme, by name.
+    """Of every scheme that there are rates for, by name.
 
     Args:
         hops: `hop_shares`.
-        by_hop, at_once: of the kernels for the blocks of single hops, and for the one block of gathered keys.
+        rates: of the kernels that a scheme needs: for the blocks of its hops, or for the one block of gathered keys.
         in_one_node: whether all ranks of the ring are.
         groups: of heads, for gather.
     """
@@ -132,32 +132,50 @@ def estimates(
     def message(keys: float, itemsize: int) -> float:
         return MESSAGE_S + keys * s * shape.key_elements * itemsize / speed if keys else 0.0
 
-    pairs = 4 * shape.batch * shape.num_heads * shape.head_dim * s * s
-    there_work = [pairs * hop.area / by_hop.forward for hop in hops]
-    back_work = [BACKWARD * pairs * hop.area / by_hop.backward for hop in hops]
-    # The carried state is written and read in fp32 at every hop; so is dq.
-    state = 8 * shape.batch * s * shape.num_heads * shape.head_dim / MEMORY_BYTES
     found = {}
     for name, shares in (("relay", [1.0] * len(hops)), ("direct", [hop.keys for hop in hops])):
-        there = [message(x, shape.itemsize) for x in shares]
-        home = [message(x, shape.grad_itemsize) for x in shares]
-        forward = sum(max(0.0, there[i + 1] - there_work[i]) for i in range(len(hops) - 1))
-        # While hop i is computed, the block of hop i - 1 comes and the gradients of hop i + 1 go.
-        beside = [
-            (there[i - 1] if i > 1 else 0.0) + (home[i + 1] if i + 1 < len(hops) else 0.0) for i in range(len(hops))
-        ]
-        backward = sum(max(0.0, b - w) for b, w in zip(beside, back_work, strict=True))
-        passes = (len(hops) - 1) * (LAUNCH_S + state) * 2
-        found[name] = Estimate(sum(there_work) + sum(back_work) + passes + forward + backward, forward + backward)
-    there_all, home_all = (
-        sum(message(hop.keys / groups, size) for hop in hops[1:]) for size in (shape.itemsize, shape.grad_itemsize)
-    )
-    visible = pairs * sum(hop.area for hop in hops)
-    there_part, back_part = visible / at_once.forward / groups, BACKWARD * visible / at_once.backward / groups
-    exposed = 2 * there_all + home_all
-    exposed += (groups - 1) * (max(0.0, there_all - there_part) + max(0.0, there_all + home_all - back_part))
-    # Keys and their gradients are put in order and collected again.
-    copies = sum(hop.keys for hop in hops) * s * shape.key_elements * (4 * shape.itemsize + 8) / MEMORY_BYTES
-    passes = (groups - 1) * 2 * LAUNCH_S + copies
-    found["gather"] = Estimate(groups * (there_part + back_part) + passes + exposed, exposed)
+        if name in rates:
+            there = [message(x, shape.itemsize) for x in shares]
+            home = [message(x, shape.grad_itemsize) for x in shares]
+            found[name] = _by_hops(shape, [hop.area for hop in hops], rates[name], there, home)
+    if "gather" in rates:
+        there_all, home_all = (
+            sum(message(hop.keys / groups, size) for hop in hops[1:]) for size in (shape.itemsize, shape.grad_itemsize)
+        )
+        found["gather"] = _at_once(shape, hops, rates["gather"], there_all, home_all, groups)
     return found
+
+
+def _products(shape: Shape) -> int:
+    """FLOPs of a forward pass in which every local query sees as many keys as the rank holds."""
+    return 4 * shape.batch * shape.num_heads * shape.head_dim * shape.local_len**2
+
+
+def _by_hops(
+    shape: Shape, areas: Sequence[float], rates: Rates, there: Sequence[float], home: Sequence[float]
+) -> Estimate:
+    """Of one kernel for each hop; `there`, `home`: seconds of each hop's keys and of their gradients."""
+    forward_work = [_products(shape) * area / rates.forward for area in areas]
+    backward_work = [BACKWARD * _products(shape) * area / rates.backward for area in areas]
+    last = len(areas) - 1
+    forward = sum(max(0.0, there[i + 1] - forward_work[i]) for i in range(last))
+    # While hop i is computed, the block of hop i - 1 comes and the gradients of hop i + 1 go.
+    beside = [(there[i - 1] if i > 1 else 0.0) + (home[i + 1] if i < last else 0.0) for i in range(last + 1)]
+    backward = sum(max(0.0, b - w) for b, w in zip(beside, backward_work, strict=True))
+    # The carried state is written and read in fp32 at every hop; so is dq.
+    state = 8 * shape.batch * shape.local_len * shape.num_heads * shape.head_dim / MEMORY_BYTES
+    passes = 2 * last * (LAUNCH_S + state)
+    return Estimate(sum(forward_work) + sum(backward_work) + passes + forward + backward, forward + backward)
+
+
+def _at_once(shape: Shape, hops: Sequence[HopShares], rates: Rates, there: float, home: float, groups: int) -> Estimate:
+    """Of one kernel for each group of heads; `there`, `home`: seconds of one group's keys and of their gradients."""
+    products = _products(shape) * sum(hop.area for hop in hops) / groups
+    forward_work, backward_work = products / rates.forward, BACKWARD * products / rates.backward
+    exposed = 2 * there + home
+    exposed += (groups - 1) * (max(0.0, there - forward_work) + max(0.0, there + home - backward_work))
+    # Keys and their gradients are put in order and collected again.
+    keys = sum(hop.keys for hop in hops) * shape.local_len
+    copies = keys * shape.key_elements * (4 * shape.itemsize + 8) / MEMORY_BYTES
+    passes = 2 * (groups - 1) * LAUNCH_S + copies
+    return Estimate(groups * (forward_work + backward_work) + passes + exposed, exposed)

@@ -14,9 +14,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from longctx.errors import PlanError, did_you_mean
-from longctx.kernels import select_kernel
-from longctx.parallel.cost import Rates, Shape, estimates, hop_shares
+from longctx.errors import KernelError, PlanError, did_you_mean
+from longctx.kernels import Direction, select_kernel
+from longctx.parallel.cost import Estimate, Rates, Shape, estimates, hop_shares
 from longctx.parallel.direct import DIRECT_ATTENTION
 from longctx.parallel.gather import GATHER_ATTENTION
 from longctx.parallel.moves import direct_comm_bytes, direct_plan, gather_comm_bytes, gather_plan
@@ -34,6 +34,9 @@ class ContextStrategy(ABC):
     """One scheme of communication over a ring. `name` is what settings call it."""
 
     name: str
+
+    def __str__(self) -> str:
+        return self.name
 
     @abstractmethod
     def attend(
@@ -125,6 +128,9 @@ class GatherStrategy(ContextStrategy):
     groups: int | None = None
     name = "gather"
 
+    def __str__(self) -> str:
+        return self.name if self.groups is None else f"{self.name} in {self.groups} groups"
+
     def attend(self, q, k, v, *, schedule, exchange, kernel, scale, softcap=0.0, sinks=None):
         hops, rows, moves, pieces, order = gather_plan(schedule)
         groups = self.groups_of(k.shape[2], schedule.world)
@@ -155,6 +161,8 @@ class GatherStrategy(ContextStrategy):
 
 # More hide more of the messages, and leave less work to each call of the kernel.
 GROUPS = 4
+
+_DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
 
 _STRATEGIES: dict[str, ContextStrategy] = {s.name: s for s in (RelayStrategy(), DirectStrategy(), GatherStrategy())}
 
@@ -195,32 +203,43 @@ def choose_strategy(
         kernel, softcap: as `longctx.functional.attention`.
 
     Raises:
-        KernelError: no kernel can do the blocks.
+        KernelError: no kernel can do the blocks of any scheme.
     """
     q = torch.empty(1, 1, 1, shape.head_dim, device=device, dtype=dtype)
     hops = hop_shares(schedule.mask, schedule.layout, schedule.world, schedule.seq_len)
     first = RingSchedule.build(schedule.mask, schedule.layout, 0, schedule.world, schedule.seq_len)
-    rates = []
-    for plan in (direct_plan(first), gather_plan(first)):
-        blocks = []
-        for hop, (_, key_range) in zip(first.hops, cached_hops(plan.hops, plan.rows), strict=False):
-            if key_range.kind != "empty":
-                there, back = (select_kernel(kernel, q, key_range, softcap, d).name for d in ("forward", "backward"))
-                blocks.append((there, back, hop.area))
-        rates.append(Rates.of(blocks))
-    groups = GatherStrategy().groups_of(shape.num_kv_heads, schedule.world)
-    found = estimates(shape, hops, by_hop=rates[0], at_once=rates[1], in_one_node=in_one_node, groups=groups)
-    # Among equals what sends less.
-    best = min(("direct", "gather", "relay"), key=lambda name: found[name].total)
-    told = ", ".join(
-        f"{name} {1e3 * e.total:.2f} ms ({1e3 * e.exposed:.2f} of it waiting)"
-        for name, e in sorted(found.items(), key=lambda item: item[1].total)
-    )
+    rates: dict[str, Rates] = {}
+    refused: list[KernelError] = []
+    for names, plan in ((("direct", "relay"), direct_plan(first)), (("gather",), gather_plan(first))):
+        try:
+            rates |= dict.fromkeys(names, _rates(first, plan.hops, plan.rows, q, kernel, softcap))
+        except KernelError as error:
+            refused.append(error)
+    if not rates:
+        raise refused[0]
+    found: dict[ContextStrategy, Estimate] = {}
+    for groups in range(GROUPS, 0, -1):
+        if shape.num_kv_heads % groups == 0:
+            of_names = estimates(shape, hops, rates, in_one_node=in_one_node, groups=groups)
+            found |= {GatherStrategy(groups) if n == "gather" else _STRATEGIES[n]: e for n, e in of_names.items()}
+    # Among equals what sends less and holds less.
+    ranked = sorted(found, key=lambda s: (found[s].total, ("direct", "gather", "relay").index(s.name)))
+    told = ", ".join(f"{s} {1e3 * found[s].total:.2f} ms ({1e3 * found[s].exposed:.2f} of it waiting)" for s in ranked)
     where = "one node" if in_one_node else "several nodes"
-    return _STRATEGIES[best], (
-        f"{best} for {shape.local_len:_} tokens a rank, {shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, "
-        f"{len(hops)} of {schedule.world} hops, {where}; estimated: {told}"
+    return ranked[0], (
+        f"{ranked[0]} for {shape.local_len:_} tokens a rank, {shape.num_heads}/{shape.num_kv_heads} heads of "
+        f"{shape.head_dim}, {len(hops)} of {schedule.world} hops, {where}; estimated: {told}"
     )
+
+
+def _rates(first: RingSchedule, table: Tensor, rows: Tensor, q: Tensor, kernel: str, softcap: float) -> Rates:
+    """Of the kernels that would be chosen for these blocks of the first rank."""
+    blocks = []
+    for hop, (_, key_range) in zip(first.hops, cached_hops(table, rows), strict=False):
+        if key_range.kind != "empty":
+            there, back = (select_kernel(kernel, q, key_range, softcap, d).name for d in _DIRECTIONS)
+            blocks.append((there, back, hop.area))
+    return Rates.of(blocks)
 
 
 def resolve_strategy(
@@ -249,7 +268,7 @@ def resolve_strategy(
     chosen, why = choose_strategy(
         schedule, shape, device=q.device, dtype=q.dtype, kernel=kernel, softcap=softcap, in_one_node=in_one_node
     )
-    _log_choice(chosen.name, type(schedule.mask).__name__, schedule.layout.name, schedule.world, shape, why)
+    _log_choice(str(chosen), type(schedule.mask).__name__, schedule.layout.name, schedule.world, shape, why)
     return chosen
 
 

@@ -16,10 +16,11 @@ from ring_cases import BATCH, LAYOUTS, MASKS, SEQ_LEN, Case, Report, run_case
 from longctx import functional
 from longctx.attention import ParallelAttention
 from longctx.errors import DistributedError, KernelError, PlanError
+from longctx.kernels import block_kind
 from longctx.layout import SequenceMeta, ZigZag
 from longctx.masks import Causal, Documents, Full, SlidingWindow
 from longctx.parallel import direct, gather, moves, strategy
-from longctx.parallel.cost import Shape
+from longctx.parallel.cost import Rates, Shape, estimates, hop_shares
 from longctx.parallel.exchange import RingExchange, Trade
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.moves import Span, build_moves
@@ -269,7 +270,7 @@ ON_CPU = {"device": torch.device("cpu"), "dtype": torch.float32, "kernel": "refe
 def test_every_rank_chooses_alike_and_says_why(mask, in_one_node):
     found = {choose_strategy(s, SHAPE, **ON_CPU, in_one_node=in_one_node) for s in schedules(mask, ZigZag(), 4, 32768)}
     ((chosen, why),) = found
-    assert why.startswith(f"{chosen.name} for 32_768 tokens a rank, 32/8 heads of 128")
+    assert why.startswith(f"{chosen} for 32_768 tokens a rank, 32/8 heads of 128")
     assert all(name in why for name in strategy_names())
     assert ("one node" in why) == in_one_node
 
@@ -279,6 +280,42 @@ def test_the_relay_is_never_better_where_it_sends_more():
     for length, in_one_node in itertools.product((256, 4096, 65536), (True, False)):
         chosen, _ = choose_strategy(s, replace(SHAPE, local_len=length), **ON_CPU, in_one_node=in_one_node)
         assert chosen.name != "relay"
+
+
+def test_a_scheme_whose_blocks_no_kernel_can_do_is_not_chosen(monkeypatch):
+    """cuDNN knows causal blocks and rectangles, which the hops of zigzag are, but not the intervals of gathered keys."""
+
+    class Blocks:
+        name = "cudnn"
+
+    def select(name, q, key_range, softcap, direction):
+        if block_kind(key_range) not in ("full", "causal", "rectangle"):
+            raise KernelError("no")
+        return Blocks()
+
+    s = schedules(Causal(), ZigZag(), 2, 32768)[1]
+    choose_strategy.cache_clear()
+    monkeypatch.setattr(strategy, "select_kernel", select)
+    try:
+        chosen, why = choose_strategy(s, SHAPE, **ON_CPU, in_one_node=True)
+        assert chosen.name == "direct"
+        assert "gather" not in why
+        monkeypatch.setattr(strategy, "select_kernel", lambda *_: (_ for _ in ()).throw(KernelError("none")))
+        choose_strategy.cache_clear()
+        with pytest.raises(KernelError, match="none"):
+            choose_strategy(s, SHAPE, **ON_CPU, in_one_node=True)
+    finally:
+        choose_strategy.cache_clear()
+
+
+def test_slow_links_favour_what_hides_messages_and_small_work_what_has_few_kernels():
+    rates = dict.fromkeys(strategy_names(), Rates(600e12, 500e12))
+    hops = hop_shares(Causal(), ZigZag(), 8, 1 << 16)
+    fast, slow = (estimates(SHAPE, hops, rates, in_one_node=x, groups=2) for x in (True, False))
+    assert fast["gather"].exposed > fast["direct"].exposed
+    assert all(slow[name].exposed >= fast[name].exposed for name in rates)
+    tiny = estimates(replace(SHAPE, local_len=64), hops, rates, in_one_node=True, groups=1)
+    assert tiny["gather"].total < tiny["direct"].total <= tiny["relay"].total
 
 
 def test_the_choice_is_logged_once(caplog):
