@@ -166,7 +166,7 @@ class _Gathering:
         own = (self.k[:, :, heads], self.v[:, :, heads])
         block = self.ring.buffer("gathered", self.shape(self.num_keys), self.k.dtype, self.k.device)
         trades: list[tuple[Trade, Route, Tensor | None]] = []
-        for route in self.routes[1:]:
+        for hop, route in enumerate(self.routes[1:], 1):
             loose = None
             if route.is_loose:
                 purpose = f"keys of hop {route.move.distance}"
@@ -176,7 +176,7 @@ class _Gathering:
                 route.parts(block) if loose is None else list(loose.flatten(0, 1)),
                 route.move.distance,
                 room=self.room(self.k.dtype),
-                what=f"{direction}, K/V of the rank {route.move.distance} behind, heads {heads.start} to {heads.stop - 1}",
+                what=f"{direction}, K/V for hop {hop}, heads {heads.start} to {heads.stop - 1}",
             )
             trades.append((trade, route, loose))
         # After the messages were posted: nothing of the own keys has to wait for them.
@@ -198,11 +198,11 @@ class _Homecoming:
 
     def __init__(self, gathering: _Gathering, grads: Tensor, group: int) -> None:
         self._gathering, self._grads = gathering, grads
-        self._heads = _heads(gathering.k, group, gathering.groups)
+        heads = self._heads = _heads(gathering.k, group, gathering.groups)
         ring = gathering.ring
         dtype = ring.grad_dtype or grads.dtype
         self._trades: list[tuple[Trade, Route, Tensor]] = []
-        for route in gathering.routes[1:]:
+        for hop, route in enumerate(gathering.routes[1:], 1):
             purpose = f"home from hop {route.move.distance}"
             received = ring.buffer(purpose, gathering.shape(route.move.send.size), dtype, grads.device)
             leaving = [route.take(x) for x in grads] if route.is_loose else []
@@ -213,7 +213,7 @@ class _Homecoming:
                 [x[n, a : a + size] for x in received for n in range(len(x)) for a, size in starts],
                 -route.move.distance,
                 room=gathering.room(dtype),
-                what=f"backward, dK/dV to the rank {route.move.distance} behind, heads of group {group}",
+                what=f"backward, dK/dV of hop {hop}, heads {heads.start} to {heads.stop - 1}",
             )
             self._trades.append((trade, route, received))
 
