@@ -26,9 +26,8 @@ log = logging.getLogger(__name__)
 _SLOTS = 2
 # Signals of slot i: i says that it is filled, _SLOTS + i that it was read.
 _FILLED, _READ = 0, _SLOTS
-# Tensors of one message start at multiples of this many bytes, as vector loads want.
-_ALIGNMENT = 256
-_FIRST_ROOM = 1 << 20
+# Room of a slot is a multiple of this.
+_ROOM_STEP = 1 << 20
 
 
 class CopyEngineLink:
@@ -51,13 +50,13 @@ class CopyEngineLink:
         # Signals and copies start while attention fills the GPU.
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._room = 0
-        self._reserve(_FIRST_ROOM)
+        self._reserve(_ROOM_STEP)
 
     def swap(
         self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor], *, to: int, source: int, room: int
     ) -> Callable[[], None]:
         # All ranks count alike, so a sender and its receiver speak of the same slot.
-        self._reserve(room + _ALIGNMENT * (max(len(send), len(receive)) + _SLOTS) if room > self._room else room)
+        self._reserve(room)
         slot = self._messages % _SLOTS
         self._messages += 1
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -86,11 +85,11 @@ class CopyEngineLink:
         self._memory.put_signal(source, _READ + slot, self._timeout_ms)
 
     def _parts(self, rank: int, slot: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Where tensors of these shapes lie in that slot of that rank."""
+        """Where tensors of these shapes, all of one dtype, lie in that slot of that rank: one behind the other."""
         parts, at = [], slot * self._room
         for x in like:
             parts.append(self._memory.get_buffer(rank, tuple(x.shape), x.dtype, at // x.element_size()))
-            at += -(-x.numel() * x.element_size() // _ALIGNMENT) * _ALIGNMENT
+            at += x.numel() * x.element_size()
         assert at <= (slot + 1) * self._room, "a message larger than the room that all ranks agreed on"
         return parts
 
@@ -101,7 +100,7 @@ class CopyEngineLink:
 
         # Nobody reads the old slots any more once all have come here.
         torch.cuda.synchronize(self._device)
-        self._room = math.ceil(room / _FIRST_ROOM) * _FIRST_ROOM
+        self._room = math.ceil(room / _ROOM_STEP) * _ROOM_STEP
         self._slots = symmetric.empty(_SLOTS * self._room, dtype=torch.uint8, device=self._device)
         self._memory = symmetric.rendezvous(self._slots, self._group)
         self._readers: list[int | None] = [None] * _SLOTS
