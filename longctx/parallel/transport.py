@@ -98,11 +98,12 @@ class CopyEngineLink:
             return
         import torch.distributed._symmetric_memory as symmetric
 
-        # Nobody reads the old slots any more once all have come here.
         torch.cuda.synchronize(self._device)
         self._room = math.ceil(room / _ROOM_STEP) * _ROOM_STEP
-        self._slots = symmetric.empty(_SLOTS * self._room, dtype=torch.uint8, device=self._device)
-        self._memory = symmetric.rendezvous(self._slots, self._group)
+        slots = symmetric.empty(_SLOTS * self._room, dtype=torch.uint8, device=self._device)
+        memory = symmetric.rendezvous(slots, self._group)
+        # All have come here, so nobody reads the old slots any more.
+        self._slots, self._memory = slots, memory
         self._readers: list[int | None] = [None] * _SLOTS
         self._messages = 0
 
