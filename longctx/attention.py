@@ -25,6 +25,7 @@ class ParallelAttention(nn.Module):
         softcap: bends the scores s to softcap * tanh(s / softcap), as in Gemma 2; 0 leaves them.
         strategy: how the ranks of a ring see each other's keys, as in `longctx.functional.ring_attention`. None: what the
             plan of the mesh says.
+        layer: which layer of the model this is, for reports about its messages. None: they name no layer.
 
     Raises:
         KernelError: softcap is negative.
@@ -39,9 +40,10 @@ class ParallelAttention(nn.Module):
         scale: float | None = None,
         softcap: float = 0.0,
         strategy: str | ContextStrategy | None = None,
+        layer: int | None = None,
     ) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.mesh = mesh if mesh is None or layer is None else mesh.for_layer(layer)
         self.kernel = kernel
         self.scale = scale
         self.softcap = check_softcap(softcap)
@@ -70,10 +72,10 @@ class ParallelAttention(nn.Module):
                 raise ShapeError(
                     f"this shard is one of {meta.ring_world * meta.ulysses_world}, but ParallelAttention has no mesh: give it the ParallelMesh"
                 )
-            if meta.seq_len != q.shape[1]:
-                raise ShapeError(f"meta describes {meta.seq_len:_} positions, but q has {q.shape[1]:_}")
+            if meta.padded_len != q.shape[1]:
+                raise ShapeError(f"meta describes {meta.padded_len:_} positions, but q has {q.shape[1]:_}")
             return attention(
-                q, k, v, mask=meta.mask, scale=self.scale, softcap=self.softcap, sinks=sinks, kernel=self.kernel
+                q, k, v, mask=meta.padded_mask, scale=self.scale, softcap=self.softcap, sinks=sinks, kernel=self.kernel
             )
         return context_parallel_attention(
             q,

@@ -205,7 +205,8 @@ def cut_model(config: Config, plan: ParallelPlan, device: str) -> tuple[ModelCon
     model, seq_len = config.model, config.data.seq_len
     multiple = shard_multiple(plan.sequence_layout, plan.ring, plan.ulysses)
     shortest = -(-SHARD[device] * plan.sp // multiple) * multiple
-    short = min(seq_len, shortest)
+    # As much padding as the whole sequence has.
+    short = min(seq_len, shortest - -seq_len % multiple)
     # Ulysses divides the heads that there are.
     kv_heads = min(model.kv_heads, KV_HEADS) if plan.ulysses == 1 else model.kv_heads
     window = model.sliding_window

@@ -25,7 +25,7 @@ from longctx.parallel.loss import linear_cross_entropy
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ulysses_problems
 from longctx.parallel.schedule import RingSchedule
-from longctx.parallel.strategy import ContextStrategy, resolve_strategy
+from longctx.parallel.strategy import ContextStrategy, get_strategy, resolve_strategy
 from longctx.parallel.ulysses import lse_to_sequence, to_heads, to_sequence
 
 __all__ = [
@@ -114,7 +114,23 @@ def attention(
     Source: Dao 2023 (arXiv 2307.08691); softcap: Gemma Team 2024 (arXiv 2408.00118), section 2.
     """
     seq_len = q.shape[1] if q.ndim > 1 else 0
-    return _attend(q, k, v, mask, _WHOLE, 0, 1, seq_len, scale, softcap, sinks, kernel, return_lse)
+    return _attend(
+        q,
+        k,
+        v,
+        mask,
+        _WHOLE,
+        0,
+        1,
+        seq_len,
+        scale,
+        softcap,
+        sinks,
+        kernel,
+        return_lse,
+        exchange="",
+        strategy=get_strategy("relay"),
+    )
 
 
 class AttentionOverRanks(Protocol):
@@ -180,7 +196,7 @@ def ring_attention(
     while what is computed, is up to the strategy, whose `comm_bytes` counts it.
 
     Args:
-        q: "b s h d", this rank's shard; s = meta.seq_len / mesh.ring.size.
+        q: "b s h d", this rank's shard, in the order of `meta.positions`; s = meta.local_len, padding included.
         k, v: "b s hk d", likewise.
         meta: where the shard stands in the sequence, and who sees whom; of a whole ring shard, not one cut for Ulysses.
         mesh: holds the ring; must live until the backward pass is done.
@@ -197,7 +213,7 @@ def ring_attention(
         ShapeError: as `attention`; or the shard is not the one that `meta` describes, or `meta` is not of this mesh.
         KernelError: as `attention`.
         PlanError: unknown strategy.
-        DistributedError: another rank of the ring died or did not answer in time.
+        DistributedError: another rank of the ring died or did not answer in time, or is about to attend differently.
 
     Source: Liu et al. 2023 (arXiv 2310.01889).
     """
@@ -207,7 +223,51 @@ def ring_attention(
             f"{mesh.prefix} meta is of a part of a ring shard, cut over {meta.ulysses_world} Ulysses ranks\n"
             "       use context_parallel_attention, which puts the ring shard together first"
         )
-    return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, strategy, return_lse)
+    chosen = _agree(q, k, v, meta, mesh, strategy, kernel, softcap)
+    return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, chosen, return_lse)
+
+
+def _agree(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meta: SequenceMeta,
+    mesh: ParallelMesh,
+    strategy: str | ContextStrategy | None,
+    kernel: str,
+    softcap: float,
+) -> ContextStrategy:
+    """The strategy for the ring, and before the first message whether the ranks that share the sequence will send the same.
+
+    Args:
+        q, k, v: this rank's, before heads are exchanged.
+    """
+    axes = check_block(q, k, v)
+    _check_local(axes, meta.padded_mask, meta.ring_world * meta.ulysses_world, meta.padded_len)
+    schedule = RingSchedule.build(meta.padded_mask, meta.layout, meta.ring_rank, meta.ring_world, meta.padded_len)
+    ulysses, wire = meta.ulysses_world, mesh.exchange.grad_dtype or state_dtype(k.dtype)
+    # What the ring gets once heads are exchanged; fewer key heads than ranks are repeated.
+    shape = Shape(
+        batch=axes["b"],
+        local_len=axes["sq"] * ulysses,
+        num_heads=axes["h"] // ulysses,
+        num_kv_heads=max(axes["hk"], ulysses) // ulysses,
+        head_dim=axes["d"],
+        itemsize=k.element_size(),
+        grad_itemsize=wire.itemsize,
+    )
+    chosen = resolve_strategy(
+        mesh.plan.strategy if strategy is None else strategy,
+        schedule,
+        shape,
+        q,
+        kernel=kernel,
+        softcap=check_softcap(softcap),
+        in_one_node=mesh.ring_in_one_node,
+    )
+    if mesh.sp.size > 1:
+        mesh.agreement.check(schedule, q, k, extra=str(chosen))
+    return chosen
 
 
 def _check_ring(meta: SequenceMeta, mesh: ParallelMesh) -> None:
@@ -229,7 +289,7 @@ def _over_ring(
     softcap: float,
     sinks: Tensor | None,
     kernel: str,
-    strategy: str | ContextStrategy | None,
+    strategy: ContextStrategy,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a whole ring shard."""
@@ -237,18 +297,18 @@ def _over_ring(
         q,
         k,
         v,
-        meta.mask,
+        meta.padded_mask,
         meta.layout,
         meta.ring_rank,
         meta.ring_world,
-        meta.seq_len,
+        meta.padded_len,
         scale,
         softcap,
         sinks,
         kernel,
         return_lse,
-        mesh=mesh,
-        strategy=mesh.plan.strategy if strategy is None else strategy,
+        exchange=mesh.ring_handle,
+        strategy=strategy,
     )
 
 
@@ -275,8 +335,8 @@ def ulysses_attention(
     them. Memory while it runs: q, k, v and out once more.
 
     Args:
-        q: "b s h d", this rank's shard; s = meta.seq_len / (mesh.ring.size * mesh.ulysses.size). h is a multiple of
-            mesh.ulysses.size.
+        q: "b s h d", this rank's shard, in the order of `meta.positions`; s = meta.local_len, padding included. h is a
+            multiple of mesh.ulysses.size.
         k, v: "b s hk d", likewise; hk is a multiple or a divisor of mesh.ulysses.size. Fewer key heads than ranks are
             repeated for the exchange, and their gradients summed.
         meta: where the shard stands in the sequence, and who sees whom.
@@ -292,7 +352,7 @@ def ulysses_attention(
     Raises:
         ShapeError: as `ring_attention`; or the heads cannot be divided.
         KernelError: as `attention`.
-        DistributedError: another rank died or did not answer in time.
+        DistributedError: another rank died or did not answer in time, or is about to attend differently.
 
     Source: Jacobs et al. 2023 (arXiv 2309.14509); around a ring, Fang and Zhao 2024 (arXiv 2405.07719).
     """
@@ -303,18 +363,19 @@ def ulysses_attention(
             f"ulysses rank {mesh.ulysses.rank} of {mesh.ulysses.size}\n"
             "       make it with SequenceMeta.of(..., ulysses_rank=mesh.ulysses.rank, ulysses_world=mesh.ulysses.size)"
         )
-    world, exchange = mesh.ulysses.size, mesh.head_exchange.handle
+    world, exchange = mesh.ulysses.size, mesh.head_handle
     axes = check_block(q, k, v)
     # All that can be wrong is said before the first message, with the numbers that the caller knows.
-    _check_local(axes, meta.mask, meta.ring_world * world, meta.seq_len)
+    _check_local(axes, meta.padded_mask, meta.ring_world * world, meta.padded_len)
     if problems := ulysses_problems(axes["h"], axes["hk"], ulysses=world, ring=meta.ring_world):
         raise ShapeError(format_problems(f"the heads of q {list(q.shape)} and k {list(k.shape)}", problems))
     if sinks is not None:
         check_sinks(sinks, q)
         # Rank j attends with the j-th share of the heads.
         sinks = sinks.unflatten(0, (world, -1))[mesh.ulysses.rank]
+    chosen = _agree(q, k, v, meta, mesh, strategy, kernel, softcap)
     q, k, v = to_heads(q, k, v, world=world, exchange=exchange)
-    result = _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, strategy, return_lse)
+    result = _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, chosen, return_lse)
     out, lse = result if isinstance(result, tuple) else (result, None)
     out = to_sequence(out, world=world, exchange=exchange)
     return out if lse is None else (out, lse_to_sequence(lse, world=world, exchange=exchange))
@@ -360,8 +421,8 @@ def _attend(
     kernel: str,
     return_lse: bool,
     *,
-    mesh: ParallelMesh | None = None,
-    strategy: str | ContextStrategy = "relay",
+    exchange: str,
+    strategy: ContextStrategy,
 ) -> Tensor | tuple[Tensor, Tensor]:
     axes = check_block(q, k, v)
     _check_local(axes, mask, world, seq_len)
@@ -369,17 +430,8 @@ def _attend(
     if sinks is not None:
         check_sinks(sinks, q)
     schedule = _schedule(mask, layout, rank, world, seq_len)
-    wire = (None if mesh is None else mesh.exchange.grad_dtype) or state_dtype(k.dtype)
-    exchange = "" if mesh is None else mesh.exchange.handle
-    shape = Shape(
-        axes["b"], axes["sq"], axes["h"], axes["hk"], axes["d"], k.element_size(), wire.itemsize
-    )  # fmt: skip
-    chosen = resolve_strategy(
-        strategy, schedule, shape, q, kernel=kernel, softcap=softcap,
-        in_one_node=mesh is None or mesh.ring_in_one_node,
-    )  # fmt: skip
     scale = 1 / math.sqrt(axes["d"]) if scale is None else float(scale)
-    out, lse = chosen.attend(
+    out, lse = strategy.attend(
         q, k, v, schedule=schedule, exchange=exchange, kernel=kernel, scale=scale, softcap=softcap, sinks=sinks
     )
     return (out, lse) if return_lse else out

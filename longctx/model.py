@@ -250,7 +250,9 @@ class _Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = _uninitialised(nn.Embedding, config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(_Layer(config, mesh, kernel, fused) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            _Layer(config, None if mesh is None else mesh.for_layer(i), kernel, fused) for i in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
 
     def forward(self, tokens: torch.Tensor, meta: SequenceMeta, recompute: bool) -> torch.Tensor:

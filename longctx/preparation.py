@@ -83,6 +83,7 @@ def choices(
     )
     filled = " (dp: what the other degrees leave)" if config.parallel.dp is None and plan.world_size > 1 else ""
     ring = f", layout {plan.layout}, strategy {plan.strategy}" if plan.ring > 1 else ""
+    ring += f", dk and dv sent in {plan.grad_dtype}" if plan.wire_dtype is not None else ""
     yield f"plan      {plan} on {plan.world_size} process{'es' * (plan.world_size > 1)}{ring}{filled}"
     yield f"device    {choose_device(place, config.train.device)[1]}; {threads}"
     dtype = config.engine.resolved_dtype(device.type)
@@ -138,6 +139,7 @@ def open_data(
         ring_world=plan.ring,
         ulysses_rank=coords.ulysses,
         ulysses_world=plan.ulysses,
+        sliding_window=config.model.sliding_window,
         seed=config.data.seed,
         shuffle=config.data.shuffle,
         mask_documents=config.data.mask_documents,

@@ -166,11 +166,30 @@ def recall_table(rows: Sequence[Measurement]) -> str:
     return markdown(["task", "attention", "answered"], body)
 
 
+def numerics_table(rows: Sequence[Measurement]) -> str:
+    """What rings of several sizes add to the error of one rank, the worst of out, dq, dk and dv."""
+    # ring -> label -> tensor -> error; the configuration reads "ring 4, bf16 inputs, dk and dv sent in fp32, 1024 tokens".
+    errors: dict[int, dict[str, dict[str, float]]] = {}
+    for row in latest([row for row in rows if row.name.startswith("numerics/")]):
+        ring, label = row.config.split(", ", 1)
+        errors.setdefault(int(ring.removeprefix("ring ")), {}).setdefault(label, {})[row.metric] = row.value
+    if 1 not in errors:
+        return "Not measured yet."
+    rings = sorted(errors)
+    body = []
+    for label, alone in errors[1].items():
+        ratios = [max(errors[ring][label][tensor] / alone[tensor] for tensor in alone) for ring in rings[1:]]
+        body.append([label, f"{min(alone.values()):.1e} to {max(alone.values()):.1e}", *(f"{r:.2f} x" for r in ratios)])
+    header = ["causal attention on a CPU, error against float64", "one rank", *(f"ring {ring}" for ring in rings[1:])]
+    return markdown(header, body)
+
+
 TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
     "attention": attention_table,
     "training": training_table,
     "ring": ring_table,
     "recall": recall_table,
+    "numerics": numerics_table,
 }
 
 _REGION = re.compile(r"(?P<open><!-- table: (?P<name>[^\n>]*?) -->\n)(?P<text>.*?)(?P<close><!-- end -->)", re.DOTALL)

@@ -19,21 +19,27 @@ ROOT = PACKAGE.parent
 # A module may import its own layer and those above it in this table (the lower ones). kernels and parallel are
 # directories; what is inside parallel has an order of its own.
 LAYERS = (
-    ("L0", ("errors", "shapes", "masks", "layout")),
+    ("L0", ("errors", "shapes", "masks", "padding", "balance", "layout")),
     ("L1", ("kernels",)),
     ("L2 pure", ("parallel.plan", "parallel.schedule", "parallel.moves", "parallel.cost")),
-    ("L2 messages", ("parallel.exchange", "parallel.transport", "parallel.mesh")),
-    ("L2", ("parallel.operator", "parallel.ring", "parallel.direct", "parallel.routes", "parallel.gather")),
+    (
+        "L2 messages",
+        ("parallel.journal", "parallel.agreement", "parallel.exchange", "parallel.transport", "parallel.mesh"),
+    ),
+    ("L2", ("parallel.ring", "parallel.operator", "parallel.direct", "parallel.routes", "parallel.gather")),
     ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.loss")),
     ("L3", ("flash", "functional")),
     ("L4", ("attention", "rope", "model")),
-    ("L5 text and numbers", ("settings", "corpus", "tokenizer", "tokens", "data", "metrics", "results", "tables")),
+    (
+        "L5 text and numbers",
+        ("settings", "corpus", "tokenizer", "tokens", "data", "telemetry", "metrics", "results", "tables"),
+    ),
     ("L5 DeepSpeed", ("optim", "deepspeed_setup", "engine", "checkpoint_files", "checkpoint_folder", "checkpoint")),
     ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
     ("L6 commands", ("peers", "peers_ring", "bench", "bench_ring", "draw", "info")),
-    ("L6 checks", ("comparison", "broken", "parity", "check")),
+    ("L6 checks", ("comparison", "numerics", "broken", "parity", "check")),
     ("L6 command line", ("__main__",)),
 )
 PURE = ("parallel.plan", "parallel.schedule", "parallel.moves", "parallel.cost")
@@ -42,7 +48,11 @@ LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module i
 # What a module must not import, at any depth of its code: (modules, forbidden packages, why).
 FORBIDDEN = (
     (("errors",), ("torch", "numpy", "longctx"), "errors are plain Python"),
-    (("shapes", "masks", "layout"), ("triton", "torch.distributed", "deepspeed"), "L0 is torch only"),
+    (
+        ("shapes", "masks", "padding", "balance", "layout"),
+        ("triton", "torch.distributed", "deepspeed"),
+        "L0 is torch only",
+    ),
     (("kernels",), ("torch.distributed", "deepspeed"), "a kernel knows of no other process"),
     (PURE, ("torch.distributed", "deepspeed"), "plans are decided without a GPU"),
     (

@@ -34,7 +34,12 @@ RICH = [
 PLANS = {
     "ring2-zero1-bf16": (2, ["--parallel.ring=2", "--engine.dtype=bf16"], "all"),
     "ring3-zero3-rich": (3, ["--parallel.ring=3", "--engine.zero_stage=3", "--data.seq_len=3k", *RICH], "hop"),
-    "dp2-ring2-zero1-accumulate2": (4, ["--parallel.ring=2", "--engine.accumulation_steps=2"], "scale"),
+    # An odd length is padded, and each micro-batch has a layout of its own.
+    "dp2-ring2-zero1-accumulate2": (
+        4,
+        ["--parallel.ring=2", "--engine.accumulation_steps=2", "--parallel.layout=balanced", "--data.seq_len=2047"],
+        "scale",
+    ),
 }
 
 

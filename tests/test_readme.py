@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import longctx
-from longctx import bench, bench_ring, check, draw, info, results
+from longctx import bench, bench_ring, check, draw, info, numerics, results
 from longctx.__main__ import COMMANDS, TrainArguments
 from longctx.config import Config, key_names, load_config
 from longctx.weights import export_parser, import_parser, parse_bytes
@@ -98,6 +98,8 @@ def _pip(words):
 def _python(words):
     if words[0] == "train.py":
         _train(words[1:], world_size=1)
+    elif words[:2] == ["-m", "longctx.numerics"]:
+        assert numerics.parser().parse_args(words[2:]).rings
     else:
         assert words[:2] == ["-m", "longctx.results"]
         args = results.parser().parse_args(words[2:])

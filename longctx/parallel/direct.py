@@ -8,12 +8,14 @@ a relay that is half of the keys for half of the hops with zigzag, and far less 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from longctx.kernels import SoftmaxState, row_delta, select_kernel, state_dtype
 from longctx.kernels.sinks import add_sinks, sink_gradient
-from longctx.parallel.exchange import RingExchange, Trade, get_exchange
+from longctx.parallel.exchange import RingExchange, Trade
 from longctx.parallel.moves import Move, Span, unpack_moves
 from longctx.parallel.operator import attention_operators
 from longctx.parallel.ring import backward_kernel, cached_hops
@@ -33,7 +35,7 @@ def _forward(
     size: int,
     kernel: str,
     scale: float,
-    exchange: str,
+    ring: RingExchange,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +44,6 @@ def _forward(
     Args:
         hops, rows, moves, size: `DirectPlan`; pieces, order: unused, empty.
     """
-    ring = get_exchange(exchange)
     todo, routes = cached_hops(hops, rows), unpack_moves(moves)
     # Chosen before the first message: a block that no kernel can do must not leave other ranks waiting.
     kernels = [None if kr.kind == "empty" else select_kernel(kernel, q, kr, softcap) for _, kr in todo]
@@ -83,12 +84,11 @@ def _backward(
     size: int,
     kernel: str,
     scale: float,
-    exchange: str,
+    ring: RingExchange,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv like q, k, v, contiguous; dsinks [h] of the local rows, empty without sinks."""
-    ring = get_exchange(exchange)
     todo, routes = cached_hops(hops, rows), unpack_moves(moves)
     kernels = [None if kr.kind == "empty" else backward_kernel(kernel, q, kr, softcap, dlse) for _, kr in todo]
     dout = dout.contiguous()
@@ -134,6 +134,10 @@ def _backward(
 
 def _held_shape(k: Tensor, hops: Tensor, size: int) -> tuple[int, ...]:
     return _block_shape(k, size) if hops.shape[0] > 1 else (0,)
+
+
+def _num_keys(moves: Sequence[Move]) -> list[int]:
+    return [move.receive.size for move in moves]
 
 
 def _block_shape(k: Tensor, num_keys: int) -> tuple[int, ...]:
@@ -225,4 +229,4 @@ class _Home:
         return result
 
 
-DIRECT_ATTENTION = attention_operators("direct_attention", _forward, _backward, _held_shape)
+DIRECT_ATTENTION = attention_operators("direct_attention", _forward, _backward, _held_shape, _num_keys)

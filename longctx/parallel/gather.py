@@ -10,14 +10,15 @@ Source: all-gathered keys with heads in groups, as in Llama 3's context parallel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from longctx.kernels import SoftmaxState, row_delta, select_kernel, state_dtype
 from longctx.kernels.sinks import add_sinks, sink_gradient
-from longctx.parallel.exchange import RingExchange, Trade, get_exchange
+from longctx.parallel.exchange import RingExchange, Trade
+from longctx.parallel.moves import Move
 from longctx.parallel.operator import attention_operators
 from longctx.parallel.ring import backward_kernel, cached_hops
 from longctx.parallel.routes import Route, unpack_routes
@@ -35,7 +36,7 @@ def _forward(
     size: int,
     kernel: str,
     scale: float,
-    exchange: str,
+    ring: RingExchange,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +45,6 @@ def _forward(
     Args:
         hops, rows, moves, pieces, order: `GatherPlan`; size: groups of heads, a divisor of the key heads.
     """
-    ring = get_exchange(exchange)
     ((_, key_range),) = cached_hops(hops, rows)
     chosen = None if key_range.kind == "empty" else select_kernel(kernel, q, key_range, softcap)
     gathering = _Gathering(ring, k, v, moves, pieces, order, size)
@@ -85,12 +85,11 @@ def _backward(
     size: int,
     kernel: str,
     scale: float,
-    exchange: str,
+    ring: RingExchange,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv like q, k, v, contiguous; dsinks [h] of the local rows, empty without sinks."""
-    ring = get_exchange(exchange)
     ((_, key_range),) = cached_hops(hops, rows)
     chosen = None if key_range.kind == "empty" else backward_kernel(kernel, q, key_range, softcap, dlse)
     dout = dout.contiguous()
@@ -232,4 +231,8 @@ def _held_shape(k: Tensor, hops: Tensor, size: int) -> tuple[int, ...]:
     return (0,)
 
 
-GATHER_ATTENTION = attention_operators("gather_attention", _forward, _backward, _held_shape)
+def _num_keys(moves: Sequence[Move]) -> list[int]:
+    return [sum(move.receive.size for move in moves)]
+
+
+GATHER_ATTENTION = attention_operators("gather_attention", _forward, _backward, _held_shape, _num_keys)

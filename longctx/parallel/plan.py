@@ -9,11 +9,12 @@ A rank's place follows one rule, with tensor parallelism innermost and pipeline 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from longctx.errors import LongCtxError, PlanError, Problem, did_you_mean, format_problems
-from longctx.layout import LAYOUTS, SequenceLayout, SequenceMeta, get_layout, nearest_lengths, shard_multiple
+from longctx.layout import SequenceLayout, SequenceMeta, get_layout, layout_names
 
 # The token spans of a rank that `describe` writes out before it only counts them.
 SHOWN_SPANS = 4
@@ -51,11 +52,14 @@ class ParallelPlan:
         ulysses: processes that share one sequence by exchanging it for heads, around the ring's attention: each ring rank
             is that many processes. Must divide the query heads; key heads are divided, or repeated where they are fewer.
         tp: processes that share each weight matrix.
-        layout: which positions of a sequence each ring rank holds, by name.
+        layout: which positions of a sequence each ring rank holds, by name; "auto": for each batch's mask the layout that is
+            fastest for it.
         strategy: how the ranks of a ring get to see each other's keys: "relay", "direct", "gather", or "auto": what is
             estimated to be fastest, logged with the reason.
         transport: what carries the messages of a ring: "nccl" (gloo on CPUs), "copy_engine" (GPUs of one
             node, through each other's memory), or "auto": the copy engine where it can be had, logged with the reason.
+        grad_dtype: of key and value gradients on the ring's wire: as they are summed, or in half the bytes, rounded at each
+            hop.
 
     The default is one process; a degree of 1 leaves its axis out.
     """
@@ -68,6 +72,7 @@ class ParallelPlan:
     layout: str = "zigzag"
     strategy: str = "auto"
     transport: str = "auto"
+    grad_dtype: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def sp(self) -> int:
@@ -88,6 +93,11 @@ class ParallelPlan:
     def sequence_layout(self) -> SequenceLayout:
         """The layout that `layout` names."""
         return get_layout(self.layout)
+
+    @property
+    def wire_dtype(self) -> torch.dtype | None:
+        """`grad_dtype` as `ParallelMesh.create` takes it: None leaves gradients in the dtype of their sums."""
+        return torch.bfloat16 if self.grad_dtype == "bf16" else None
 
     @property
     def _resolved_dp(self) -> int:
@@ -118,7 +128,7 @@ class ParallelPlan:
                         f"ring {ring} with pp 1, ulysses 1, tp 1 splits the sequence over the same processes",
                     )
                 )
-        if self.layout not in LAYOUTS:
+        if self.layout not in layout_names():
             try:
                 get_layout(self.layout)
             except LongCtxError as error:
@@ -126,6 +136,15 @@ class ParallelPlan:
         for name, known in (("strategy", STRATEGIES), ("transport", TRANSPORTS)):
             if (value := getattr(self, name)) not in known:
                 found.append(Problem(f"unknown {name} {value!r}: {did_you_mean(value, known)}"))
+        if self.grad_dtype not in ("fp32", "bf16"):
+            found.append(Problem(f"grad_dtype = {self.grad_dtype!r} is not known", "one of fp32, bf16"))
+        elif self.grad_dtype != "fp32" and self.ring == 1:
+            found.append(
+                Problem(
+                    f"grad_dtype = {self.grad_dtype} with ring 1: only a ring sends gradients of keys and values",
+                    "leave grad_dtype out, or use a ring of 2 or more",
+                )
+            )
         return found
 
     def check(self, *, num_heads: int, num_kv_heads: int, seq_len: int) -> list[Problem]:
@@ -146,16 +165,13 @@ class ParallelPlan:
             )
         elif min(self.ring, self.ulysses) >= 1:
             found += ulysses_problems(num_heads, num_kv_heads, ulysses=self.ulysses, ring=self.ring)
-        if min(self.ring, self.ulysses) >= 1 and self.layout in LAYOUTS:
-            multiple = shard_multiple(self.sequence_layout, self.ring, self.ulysses)
-            if seq_len < 1 or seq_len % multiple:
-                over = f"ring {self.ring}" + (f" x ulysses {self.ulysses}" if self.ulysses > 1 else "")
-                found.append(
-                    Problem(
-                        f"seq_len = {seq_len:_} is not a multiple of {multiple} ({self.layout} over {over})",
-                        f"nearest: {nearest_lengths(seq_len, multiple)}",
-                    )
+        if self.sp >= 1 and seq_len < self.sp:
+            found.append(
+                Problem(
+                    f"seq_len = {seq_len:_} is less than a token for each of the {self.sp} ranks that share a sequence",
+                    f"use {self.sp:_} or more, or a smaller ring",
                 )
+            )
         return found
 
     def resolve(self, world_size: int) -> ParallelPlan:
@@ -214,12 +230,14 @@ class ParallelPlan:
         return ((coords.pp * self._resolved_dp + coords.dp) * self.sp + sp) * self.tp + coords.tp
 
     def describe(self, seq_len: int | None = None) -> str:
-        """Who is where, one line a rank; with `seq_len`, also the token positions that each rank holds.
+        """Who is where, one line a rank; with `seq_len`, also the token positions that each rank holds under a causal mask.
 
         Raises:
-            PlanError: dp is not known yet, or the layout cannot cut `seq_len`.
+            PlanError: dp is not known yet, or there is no `seq_len` to cut.
         """
-        lines = [f"{self}: {self.world_size} ranks, layout {self.layout}"]
+        is_fitted = seq_len is not None and self.ring > 1 and self.sequence_layout.fits_masks
+        fitted = "; positions for a causal mask, other masks may have others" if is_fitted else ""
+        lines = [f"{self}: {self.world_size} ranks, layout {self.layout}{fitted}"]
         width = len(str(self.world_size - 1))
         for rank in range(self.world_size):
             coords = self.coords(rank)
@@ -233,7 +251,9 @@ class ParallelPlan:
                     ulysses_rank=coords.ulysses,
                     ulysses_world=self.ulysses,
                 )
-                line += f"  tokens {_spans(meta.positions)}"
+                real = meta.positions[meta.positions < seq_len]
+                line += f"  tokens {_spans(real)}" if len(real) else "  tokens none"
+                line += f", {meta.local_len - len(real)} of padding" * (len(real) < meta.local_len)
             lines.append(line)
         return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ Hops = list[tuple[int, KeyRange]]
 
 # Kernels whose backward makes delta of out and dout, whatever delta it is given.
 _OWN_DELTA = ("cudnn",)
+
+# Matrix products of a block, each 2 FLOPs for every visible pair, head and element of the head: q k^T and p v; in
+# backward q k^T once more, dp, dv, dk and dq.
+FORWARD_PRODUCTS = 2
+BACKWARD_PRODUCTS = 5
 
 
 @torch.library.custom_op(
@@ -65,6 +71,7 @@ def _ring_attention(
     todo = cached_hops(hops, rows)
     # Chosen before the first message: a block that no kernel can do must not leave other ranks waiting.
     kernels = [None if kr.kind == "empty" else select_kernel(kernel, q, kr, softcap) for _, kr in todo]
+    ring.journal.begin_attention(lambda: attention_flops(q, todo, [k.shape[1]] * len(todo), FORWARD_PRODUCTS))
     message = torch.stack((k, v)) if len(todo) > 1 else k.new_empty(0)
     held = torch.empty_like(message)
     block = (k, v)
@@ -86,7 +93,9 @@ def _ring_attention(
     state = SoftmaxState.empty_like(q) if state is None else state
     if sinks is not None:
         add_sinks(state, sinks)
-    return state.out.to(q.dtype), state.lse, held
+    out = state.out.to(q.dtype)
+    ring.journal.end_attention()
+    return out, state.lse, held
 
 
 @torch.library.custom_op(
@@ -117,6 +126,7 @@ def _ring_attention_backward(
     ring = get_exchange(exchange)
     todo = cached_hops(hops, rows)
     kernels = [None if kr.kind == "empty" else backward_kernel(kernel, q, kr, softcap, dlse) for _, kr in todo]
+    ring.journal.begin_attention(lambda: attention_flops(q, todo, [k.shape[1]] * len(todo), BACKWARD_PRODUCTS))
     # Gradients of sums and means come as expanded tensors, whose strides are 0.
     dout = dout.contiguous()
     delta = row_delta(out, dout)
@@ -179,7 +189,9 @@ def _ring_attention_backward(
         arrived = riding.wait()
         dk += arrived[0]
         dv += arrived[1]
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+    grads_qkv = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    ring.journal.end_attention()
+    return *grads_qkv, dsinks
 
 
 @_ring_attention.register_fake
@@ -219,6 +231,13 @@ _ring_attention.register_autograd(_backward, setup_context=_setup_context)
 # messages are never sent a second time.
 RING_ATTENTION_OP = torch.ops.longctx.ring_attention.default
 RING_ATTENTION_BACKWARD_OP = torch.ops.longctx.ring_attention_backward.default
+
+
+def attention_flops(q: Tensor, todo: Hops, num_keys: Sequence[int], products: int) -> float:
+    """What this rank computes for the pairs that its mask shows, with so many keys at each hop."""
+    b, s, h, d = q.shape
+    pairs = sum(key_range.pairs(b, s, n) for (_, key_range), n in zip(todo, num_keys, strict=True))
+    return 2.0 * products * h * d * pairs
 
 
 def _accumulator(like: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.errors import PlanError
+from longctx.layout import layout_names
 from longctx.parallel.plan import Coords, ParallelPlan
 
 DEGREES = st.integers(1, 4)
@@ -85,12 +87,26 @@ def test_check_finds_nothing_where_nothing_is_wrong():
     assert ParallelPlan(ring=8).check(num_heads=3, num_kv_heads=3, seq_len=16) == []
 
 
-def test_check_names_the_nearest_lengths():
-    (problem,) = ParallelPlan(ring=8).check(num_heads=8, num_kv_heads=2, seq_len=131_080)
-    assert problem.what == "seq_len = 131_080 is not a multiple of 16 (zigzag over ring 8)"
-    assert problem.hint == "nearest: 131_072 or 131_088"
-    (problem,) = ParallelPlan(ring=8).check(num_heads=8, num_kv_heads=2, seq_len=3)
-    assert problem.hint == "nearest: 16"
+def test_any_length_with_a_token_for_each_rank():
+    for layout in layout_names():
+        plan = ParallelPlan(ring=4, ulysses=2, layout=layout)
+        assert plan.check(num_heads=8, num_kv_heads=2, seq_len=131_083) == []
+        assert plan.check(num_heads=8, num_kv_heads=2, seq_len=8) == []
+        (problem,) = plan.check(num_heads=8, num_kv_heads=2, seq_len=7)
+        assert problem.what == "seq_len = 7 is less than a token for each of the 8 ranks that share a sequence"
+        assert problem.hint == "use 8 or more, or a smaller ring"
+
+
+def test_gradients_on_the_wire():
+    assert ParallelPlan(ring=2).wire_dtype is None
+    plan = ParallelPlan(ring=2, grad_dtype="bf16")
+    assert plan.wire_dtype == torch.bfloat16
+    assert plan.problems() == []
+    for alone in (ParallelPlan(grad_dtype="bf16"), ParallelPlan(ulysses=4, grad_dtype="bf16")):
+        with pytest.raises(PlanError, match="grad_dtype = bf16 with ring 1: only a ring sends gradients"):
+            alone.resolve(4)
+    with pytest.raises(PlanError, match="grad_dtype = 'fp16' is not known"):
+        ParallelPlan(ring=2, grad_dtype="fp16").resolve(2)
 
 
 def test_ulysses_divides_heads_and_lengths():
@@ -110,10 +126,8 @@ def test_ulysses_divides_heads_and_lengths():
     ((what, hint),) = check(1, 4, 12, 6)
     assert what.startswith("num_kv_heads 6 and ulysses 4: neither is a multiple of the other")
     assert hint.startswith("nearest for the same processes: ulysses 2 with ring 2 or ulysses 1 with ring 4;")
-    assert check(2, 3, 6, 3, seq_len=16) == [
-        ("seq_len = 16 is not a multiple of 12 (zigzag over ring 2 x ulysses 3)", "nearest: 12 or 24")
-    ]
-    assert len(check(1, 3, 8, 2)) == 2
+    assert check(2, 3, 6, 3, seq_len=17) == []
+    assert len(check(1, 3, 8, 2, seq_len=2)) == 2
 
 
 def test_check_finds_heads_that_do_not_group():
@@ -140,6 +154,14 @@ def test_describe_shows_who_holds_what():
     assert "tokens" not in plan.describe()
     both = ParallelPlan(dp=1, ring=2, ulysses=2).describe(16).splitlines()[1:]
     assert [line.split("tokens ")[1] for line in both] == ["0-3", "12-15", "4-7", "8-11"]
+    assert [line.split("tokens ")[1] for line in ParallelPlan(dp=1, ring=3).describe(8).splitlines()[1:]] == [
+        "0-1, 2 of padding",
+        "2-3, 2 of padding",
+        "4-7",
+    ]
+    auto = ParallelPlan(dp=1, ring=2, layout="auto").describe(1 << 12).splitlines()
+    assert auto[0].endswith("layout auto; positions for a causal mask, other masks may have others")
+    assert auto[1].endswith("tokens 0-1_023, 3_072-4_095")
     striped = ParallelPlan(dp=1, ring=2, layout="striped").describe(1 << 12)
     assert "tokens 1, 3, 5, 7, ... (2_048 spans)" in striped
     assert ParallelPlan(dp=1).describe(1 << 20).splitlines()[1].endswith("tokens 0-1_048_575")
