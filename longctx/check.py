@@ -119,8 +119,9 @@ def prepare(argv: Sequence[str] | None = None) -> Prepared:
         is_verbose=True,
     )
     window = "" if model.sliding_window is None else f", window {model.sliding_window}"
-    names = ("tie_embeddings", "qkv_bias", "qk_norm")
+    names = ("tie_embeddings", "qkv_bias", "qk_norm", "sinks")
     traits = "".join(f", {name}" for name in names if getattr(model, name))
+    traits += f", softcap {model.softcap:g}" if model.softcap else ""
     dtype = engine.resolved_dtype(device)
     because = f" (engine.dtype = auto on {device})" if engine.dtype == "auto" else ""
     reference = f"held against float64, and against the error of plain torch in {dtype}"

@@ -63,6 +63,8 @@ class ModelConfig:
         qkv_bias: biases on the query, key and value projections.
         qk_norm: an RMSNorm over each head of q and k, before RoPE.
         sliding_window: keys that a query sees, its own included, of those that the batch's mask shows; None: all.
+        softcap: bends attention's scores s to softcap * tanh(s / softcap), as in Gemma 2; 0 leaves them.
+        sinks: in each layer a learned logit a head that joins every row's softmax and has no value, as in gpt-oss.
         init_std: of the normal distribution that weights start from; projections into the residual start from
             `init_std / sqrt(2 * num_layers)`.
 
@@ -83,6 +85,8 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    softcap: float = 0.0
+    sinks: bool = False
     init_std: float = 0.02
 
     @property
@@ -113,6 +117,8 @@ class ModelConfig:
         for name, least in (("rope_theta", 1.0), ("norm_eps", 0.0), ("init_std", 0.0)):
             if not getattr(self, name) > least:
                 found.append(Problem(f"model.{name} = {getattr(self, name)} must be greater than {least:g}"))
+        if not (math.isfinite(self.softcap) and self.softcap >= 0):
+            found.append(Problem(f"model.softcap = {self.softcap} must be above 0, or 0 for none"))
         if not found:
             found += self._head_problems()
         return found + (self.rope_scaling.problems() if self.rope_scaling is not None else [])
@@ -150,6 +156,7 @@ class ModelConfig:
         attention = 2 * e * h * d + 2 * e * hk * d
         attention += (h + 2 * hk) * d if self.qkv_bias else 0
         attention += 2 * d if self.qk_norm else 0
+        attention += h if self.sinks else 0
         per_layer = attention + 3 * e * f + 2 * e
         embeddings = self.vocab_size * e * (1 if self.tie_embeddings else 2)
         return ModelShape(
@@ -296,7 +303,8 @@ class _Attention(nn.Module):
         self.o_proj = _linear(h * d, e)
         self.q_norm = RMSNorm(d, config.norm_eps, fused=fused) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config.norm_eps, fused=fused) if config.qk_norm else None
-        self.attention = ParallelAttention(mesh, kernel=kernel)
+        self.sinks = nn.Parameter(torch.empty(h)) if config.sinks else None
+        self.attention = ParallelAttention(mesh, kernel=kernel, softcap=config.softcap)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meta: SequenceMeta) -> torch.Tensor:
         # Views of the projections: heads are never moved before the sequence, so nothing is copied.
@@ -304,7 +312,7 @@ class _Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, k, cos, sin, fused=self.fused)
-        return self.o_proj(self.attention(q, k, v, meta).flatten(2))
+        return self.o_proj(self.attention(q, k, v, meta, sinks=self.sinks).flatten(2))
 
 
 class _MLP(nn.Module):

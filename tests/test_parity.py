@@ -28,6 +28,7 @@ ROOT = Path(check.__file__).parent.parent
 WORDS = ["--train.device=cpu", "--data.seq_len=2k", "--model.num_kv_heads=2"]
 RICH = [
     *("--model.tie_embeddings", "--model.qkv_bias", "--model.qk_norm", "--model.sliding_window=512"),
+    *("--model.softcap=20", "--model.sinks"),
     *("--parallel.layout=striped", "--engine.activation_checkpointing"),
 ]
 # name -> (processes, settings, mistakes). Every mistake must be seen even through bf16's rounding.

@@ -27,7 +27,7 @@ from longctx.parallel.schedule import CACHED_SCHEDULES, unpack_hops
 Hops = list[tuple[int, KeyRange]]
 
 # Kernels whose backward makes delta of out and dout, whatever delta it is given.
-_OWN_DELTA = ("cudnn",)
+_OWN_DELTA = ("cudnn", "flash4")
 
 # Matrix products of a block, each 2 FLOPs for every visible pair, head and element of the head: q k^T and p v; in
 # backward q k^T once more, dp, dv, dk and dq.

@@ -205,7 +205,8 @@ def choose_strategy(
     Raises:
         KernelError: no kernel can do the blocks of any scheme.
     """
-    q = torch.empty(1, 1, 1, shape.head_dim, device=device, dtype=dtype)
+    # Kernels are chosen by the rows of a block too.
+    q = torch.empty(1, 1, 1, shape.head_dim, device=device, dtype=dtype).expand(-1, shape.local_len, -1, -1)
     hops = hop_shares(schedule.mask, schedule.layout, schedule.world, schedule.seq_len)
     first = RingSchedule.build(schedule.mask, schedule.layout, 0, schedule.world, schedule.seq_len)
     rates: dict[str, Rates] = {}
