@@ -19,8 +19,7 @@ from longctx.kernels.fused import Fused, check_fused, rms_norm, silu_mul
 from longctx.layout import SequenceMeta
 from longctx.masks import SlidingWindow
 from longctx.parallel.loss import LMHead, check_token_ids
-from longctx.parallel.ring import RING_ATTENTION_OP
-from longctx.parallel.ulysses import ALL_TO_ALL_OP
+from longctx.parallel.strategy import KEPT_OPERATORS
 from longctx.rope import RopeScaling, apply_rope, rope_cos_sin, rope_frequencies
 from longctx.shapes import ModelShape, check_shapes
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 _Module = TypeVar("_Module", bound=nn.Module)
 
 # What activation checkpointing keeps: attention's result, and under Ulysses what came for attention and back from it.
-_KEPT = (RING_ATTENTION_OP, ALL_TO_ALL_OP)
+_KEPT = KEPT_OPERATORS
 
 
 class Batch(Protocol):

@@ -21,19 +21,13 @@ ROOT = PACKAGE.parent
 LAYERS = (
     ("L0", ("errors", "shapes", "masks", "padding", "balance", "layout")),
     ("L1", ("kernels",)),
-    ("L2 pure", ("parallel.plan", "parallel.schedule")),
+    ("L2 pure", ("parallel.plan", "parallel.schedule", "parallel.moves", "parallel.cost")),
     (
-        "L2",
-        (
-            "parallel.mesh",
-            "parallel.journal",
-            "parallel.agreement",
-            "parallel.exchange",
-            "parallel.ring",
-            "parallel.ulysses",
-            "parallel.loss",
-        ),
+        "L2 messages",
+        ("parallel.journal", "parallel.agreement", "parallel.exchange", "parallel.transport", "parallel.mesh"),
     ),
+    ("L2", ("parallel.ring", "parallel.operator", "parallel.direct", "parallel.routes", "parallel.gather")),
+    ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.loss")),
     ("L3", ("flash", "functional")),
     ("L4", ("attention", "rope", "model")),
     (
@@ -45,8 +39,12 @@ LAYERS = (
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
     ("L6 benchmark", ("flash1", "peers", "predecessors", "bench_timing", "bench_output", "bench_errors", "bench")),
-    ("L6 commands", ("comparison", "numerics", "broken", "parity", "check", "draw", "info", "__main__")),
+    ("L6 ring benchmark", ("peers_ring", "bench_ring")),
+    ("L6 commands", ("draw", "info")),
+    ("L6 checks", ("comparison", "numerics", "broken", "parity", "check")),
+    ("L6 command line", ("__main__",)),
 )
+PURE = ("parallel.plan", "parallel.schedule", "parallel.moves", "parallel.cost")
 LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}
 
 # What a module must not import, at any depth of its code: (modules, forbidden packages, why).
@@ -58,7 +56,7 @@ FORBIDDEN = (
         "L0 is torch only",
     ),
     (("kernels",), ("torch.distributed", "deepspeed"), "a kernel knows of no other process"),
-    (("parallel.plan", "parallel.schedule"), ("torch.distributed", "deepspeed"), "plans are decided without a GPU"),
+    (PURE, ("torch.distributed", "deepspeed"), "plans are decided without a GPU"),
     (
         ("parallel", "flash", "functional", "attention", "rope", "model"),
         ("deepspeed", "wandb"),
