@@ -176,7 +176,6 @@ class TrainEngine:
         deepspeed = import_deepspeed(mesh.device)
         check_one_world(deepspeed, mesh)
         groups = parameter_groups(model, optim_config.weight_decay)
-        self._weight_decays = [group["weight_decay"] for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=optim_config.lr, **self._adamw_settings())
         # Its bf16 optimizer prints memory figures whatever the log level.
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -296,14 +295,6 @@ class TrainEngine:
                 if self.mesh.rank == 0:
                     state[name] = parameter.detach().cpu().clone()
         return state
-
-    def apply_optim_config(self) -> None:
-        """Set the optimizer to this engine's settings again, after a checkpoint brought its own."""
-        assert len(self.ds.optimizer.param_groups) == len(self._weight_decays), "optimizer groups changed"
-        for group, weight_decay in zip(self.ds.optimizer.param_groups, self._weight_decays, strict=True):
-            group.update(self._adamw_settings(), weight_decay=weight_decay)
-        if self.config.zero_stage:
-            self.ds.optimizer.clip_grad = self.optim.gradient_clipping
 
     def _adamw_settings(self) -> dict[str, Any]:
         return {"betas": tuple(self.optim.betas), "eps": self.optim.eps, "fused": self.mesh.device.type == "cuda"}

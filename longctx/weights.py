@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from longctx.checkpoint_weights import CheckpointWeights, parameter_shapes
-from longctx.deepspeed_setup import import_deepspeed
 from longctx.errors import CheckpointError, ConfigError, Problem, format_problems
 from longctx.hf_config import CONFIG, from_hf_config, read_hf_config, to_hf_config
 from longctx.model import ModelConfig
@@ -188,7 +187,7 @@ def export(
     max_position: int | None = None,
     tokenizer: str | None = None,
 ) -> list[Path]:
-    """Write a training checkpoint of any ZeRO stage and number of processes as a folder that transformers loads.
+    """Write a training checkpoint of any plan as a folder that transformers loads.
 
     The folder appears when it is complete. Memory holds one shard at a time, twice while it is written.
 
@@ -283,8 +282,6 @@ def main_export(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(
             f"--max-position {words.max_position} is not a number of tokens\n       such as 131072 or 128k"
         )
-    # DeepSpeed's classes are needed to read its files, its devices are not.
-    import_deepspeed(torch.device("cpu"))
     files = export(
         words.checkpoint,
         words.out,
