@@ -39,8 +39,8 @@ def shard_contents(pieces: Iterable[OwnPiece]) -> tuple[dict[str, torch.Tensor],
         for kind, tensor in own.tensors().items():
             tensors[f"{kind}/{held.name}"] = tensor
         addresses[held.name] = {
-            "shape": list(held.shape),
-            "slice": [held.dim, held.start, held.width],
+            "shape": list(held.full_shape),
+            "slice": [held.dim, held.start, held.length],
             "range": [own.piece.begin, own.piece.count],
         }
     return tensors, {"pieces": json.dumps(addresses, separators=(",", ":"))}
@@ -85,15 +85,15 @@ class StateShards:
         """
         name = target.slice.name
         copied = 0
-        if self.shapes.get(name) == target.slice.shape:
+        if self.shapes.get(name) == target.slice.full_shape:
             for piece, file in self._pieces[name]:
                 copied += copy_overlap(piece, _reading(file.get_slice(f"{kind}/{name}")), target, out)
         if copied != target.count:
             shape = self.shapes.get(name)
             told = (
                 f"{copied} of {target.count} elements of {name}"
-                if shape == target.slice.shape
-                else (f"{name} of shape {list(shape)}, not {list(target.slice.shape)}" if shape else f"no {name}")
+                if shape == target.slice.full_shape
+                else (f"{name} of shape {list(shape)}, not {list(target.slice.full_shape)}" if shape else f"no {name}")
             )
             raise CheckpointError(f"checkpoint {self.path} holds {told}")
 
@@ -112,9 +112,9 @@ class StateShards:
             addresses = json.loads(file.metadata()["pieces"])
             for parameter, address in addresses.items():
                 held = ParameterSlice(parameter, tuple(address["shape"]), *address["slice"])
-                if self.shapes.setdefault(parameter, held.shape) != held.shape:
+                if self.shapes.setdefault(parameter, held.full_shape) != held.full_shape:
                     raise ValueError(
-                        f"{parameter} has shape {self.shapes[parameter]} in other files, {held.shape} here"
+                        f"{parameter} has shape {self.shapes[parameter]} in other files, {held.full_shape} here"
                     )
                 self._pieces[parameter].append((Piece(held, *address["range"]), file))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -11,6 +11,7 @@ is loaded. It knows DeepSpeed's inner names, and checks that what it found is wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longctx.errors import CheckpointError
-from longctx.parallel.slices import ParameterSlice, Piece, parameter_slices
+from longctx.parallel.slices import ParameterSlice, Piece
 
 if TYPE_CHECKING:
     from longctx.engine import TrainEngine
@@ -67,12 +68,20 @@ class EngineState:
         module = self._ds.module
         named = dict(module.named_parameters())
         self._check_model(module, named)
-        slices = parameter_slices(module)
+        slices, is_first = engine.slices, engine.mesh.coords.tp == 0
         assert slices.keys() == named.keys(), f"slices of other parameters: {sorted(slices.keys() ^ named.keys())}"
+        # Of what several ranks of the tensor axis hold whole the first one's is written, and of a tied table the first stage's.
+        owned = {
+            name: (is_first or slices[name].dim is not None) and not getattr(parameter, "ds_pipe_replicated", False)
+            for name, parameter in named.items()
+        }
         self._flats = self._flat_vectors()
         for flat in self._flats:
             self._begin(flat)
-        found = [self._piece(index, parameter, slices[name]) for index, (name, parameter) in enumerate(named.items())]
+        found = [
+            self._piece(index, parameter, slices[name], is_owner=owned[name])
+            for index, (name, parameter) in enumerate(named.items())
+        ]
         self.pieces = [own for own in found if own is not None]
 
     @property
@@ -153,7 +162,7 @@ class EngineState:
             for name in MOMENTS:
                 state[name] = torch.zeros_like(flat.detach(), memory_format=torch.preserve_format)
 
-    def _piece(self, index: int, parameter: Any, held: ParameterSlice) -> OwnPiece | None:
+    def _piece(self, index: int, parameter: Any, held: ParameterSlice, *, is_owner: bool) -> OwnPiece | None:
         if self._stage == 0:
             flat, first, begin, count = parameter, 0, 0, parameter.numel()
             computing = parameter.detach().view(-1)
@@ -169,8 +178,7 @@ class EngineState:
             group, first, each = self._ds.optimizer.grad_position[self._ds.optimizer.get_param_id(parameter)]
             flat, begin = self._flats[group], self._grad.rank * each
             # The last parts are padded to the length of the others.
-            count = max(0, min(each, held.numel - begin))
-            begin = min(begin, held.numel)
+            count = max(0, min(each, math.prod(held.shape) - begin))
             computing = parameter.ds_tensor.detach().view(-1)[:count]
         if not count:
             return None
@@ -184,7 +192,7 @@ class EngineState:
             {name: part(self._inner.state[flat][name]) for name in MOMENTS},
             computing,
             # Without ZeRO all processes hold the same: each writes some parameters.
-            held.is_owner and (self._stage > 0 or index % self._grad.size == self._grad.rank),
+            is_owner and (self._stage > 0 or index % self._grad.size == self._grad.rank),
         )
 
     def written(self) -> Iterator[OwnPiece]:

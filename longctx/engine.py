@@ -30,6 +30,7 @@ from longctx.errors import (
 )
 from longctx.kernels import kernel_names
 from longctx.optim import OptimConfig, lr_at, parameter_groups
+from longctx.parallel.slices import parameter_slices
 
 if TYPE_CHECKING:
     from longctx.data import ShardedBatch
@@ -175,6 +176,8 @@ class TrainEngine:
             raise ConfigError(format_problems("the engine's settings", problems))
         deepspeed = import_deepspeed(mesh.device)
         check_one_world(deepspeed, mesh)
+        # As they were made: DeepSpeed may partition parameters or leave them empty.
+        self.slices = parameter_slices(model)
         groups = parameter_groups(model, optim_config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=optim_config.lr, **self._adamw_settings())
         # Its bf16 optimizer prints memory figures whatever the log level.

@@ -18,21 +18,21 @@ from longctx.parallel.slices import ParameterSlice, Piece, copy_overlap, paramet
 def cut(shape: tuple[int, ...], dim: int, tp: int, zero: int) -> list[Piece]:
     """A parameter over `tp` unequal slices along `dim`, each flattened over `zero` partitions of equal length."""
     found = []
-    lengths = shape or (1,)
-    edges = [lengths[dim] * t // tp for t in range(tp + 1)]
+    edges = [(shape or (1,))[dim] * t // tp for t in range(tp + 1)]
     for start, stop in itertools.pairwise(edges):
-        of_rank = ParameterSlice("w", shape, dim, start, stop - start)
-        each = -(-of_rank.numel // zero)
+        of_rank = ParameterSlice("w", shape) if tp == 1 else ParameterSlice("w", shape, dim, start, stop - start)
+        size = math.prod(of_rank.shape)
+        each = -(-size // zero)
         for z in range(zero):
-            begin = min(z * each, of_rank.numel)
-            found.append(Piece(of_rank, begin, min(each, of_rank.numel - begin)))
+            begin = min(z * each, size)
+            found.append(Piece(of_rank, begin, min(each, size - begin)))
     return found
 
 
 def elements(full: torch.Tensor, piece: Piece) -> torch.Tensor:
     """By the definition."""
     of_rank = piece.slice
-    rows = full.view(of_rank.shape or (1,)).narrow(of_rank.dim, of_rank.start, of_rank.width).flatten()
+    rows = of_rank.take(full.view(of_rank.full_shape)).flatten()
     return rows[piece.begin : piece.begin + piece.count].clone()
 
 
@@ -40,7 +40,8 @@ def elements(full: torch.Tensor, piece: Piece) -> torch.Tensor:
 def plans(draw):
     shape = tuple(draw(st.lists(st.integers(1, 7), max_size=3)))
     dim = draw(st.integers(0, max(0, len(shape) - 1)))
-    degrees = [draw(st.integers(1, 5)) for _ in range(4)]
+    # A scalar is not cut over tensor ranks.
+    degrees = [draw(st.integers(1, 5)) if shape or i % 2 else 1 for i in range(4)]
     return shape, dim, degrees
 
 
@@ -84,8 +85,8 @@ def test_only_what_overlaps_is_read():
 
 def test_another_order_of_elements_would_be_seen(monkeypatch):
     """With rows that are mistaken for columns the property above fails."""
-    right = ParameterSlice.band
-    monkeypatch.setattr(slices.ParameterSlice, "band", lambda self, dim: right(self, 0))
+    right = ParameterSlice.columns
+    monkeypatch.setattr(slices.ParameterSlice, "columns", lambda self, dim: right(self, 0))
     full = torch.arange(24.0)
     target = Piece.whole("w", (4, 6))
     out = torch.full((24,), torch.nan)
@@ -109,15 +110,8 @@ def test_pieces_of_other_parameters_and_other_cuts_are_refused():
         Piece(ParameterSlice("w", (4, 6)), 20, 5)
 
 
-class Cut(nn.Linear):
-    def parameter_slices(self):
-        return {"weight": ParameterSlice("whole.weight", (6, 3), 0, 2, 2)}
-
-
-def test_a_module_says_what_it_holds_or_holds_all():
+def test_a_module_of_one_process_holds_all_of_its_parameters():
     assert parameter_slices(nn.Linear(3, 2)) == {
         "weight": ParameterSlice("weight", (2, 3)),
         "bias": ParameterSlice("bias", (2,)),
     }
-    (held,) = parameter_slices(Cut(3, 2, bias=False)).values()
-    assert (held.name, held.numel, held.is_whole) == ("whole.weight", 6, False)

@@ -23,47 +23,43 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """What one process's module holds of a parameter: `full.narrow(dim, start, length)`, contiguous.
+    """Which part of a parameter of the whole model a parameter of this rank's module is.
 
     Args:
-        name: of the parameter in the model of one process; a tied parameter has one.
-        shape: of the whole parameter.
-        dim, start, length: the cut; all of it unless given.
-        is_owner: whether this process stands for the slice among those that hold the same one at another place of the tensor
-            or pipeline axis. Each element of a parameter has one owner there.
+        name: of the parameter in the `Transformer` of one process, which is Hugging Face's.
+        full_shape: of the whole parameter.
+        dim: along which it is cut; None: this rank holds all of it.
+        start, length: the part that this rank holds, along `dim`; with dim None 0 and 0.
     """
 
     name: str
-    shape: tuple[int, ...]
-    dim: int = 0
+    full_shape: tuple[int, ...]
+    dim: int | None = None
     start: int = 0
-    length: int | None = None
-    is_owner: bool = True
+    length: int = 0
 
     @property
-    def is_whole(self) -> bool:
-        return self.width == self._lengths[self.dim]
+    def shape(self) -> tuple[int, ...]:
+        """Of the part."""
+        if self.dim is None:
+            return self.full_shape
+        return (*self.full_shape[: self.dim], self.length, *self.full_shape[self.dim + 1 :])
 
-    @property
-    def width(self) -> int:
-        """Elements along `dim`."""
-        return self._lengths[self.dim] if self.length is None else self.length
+    def take(self, whole: torch.Tensor) -> torch.Tensor:
+        """The part of `whole`, of `full_shape`, as a view."""
+        return whole if self.dim is None else whole.narrow(self.dim, self.start, self.length)
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self._lengths) // max(1, self._lengths[self.dim]) * self.width
+    def columns(self, dim: int | None) -> tuple[int, int]:
+        """First column and number of columns of the part, in the parameter as a matrix whose rows are cut by `dim`.
 
-    @property
-    def _lengths(self) -> tuple[int, ...]:
-        # A scalar is a vector of one.
-        return self.shape or (1,)
-
-    def band(self, dim: int) -> tuple[int, int, int]:
-        """As columns of the parameter seen as a matrix that is cut along `dim`: (rows, first column, columns of the slice)."""
-        lengths = self._lengths
-        inner = math.prod(lengths[dim + 1 :])
-        start, width = (0, lengths[dim]) if self.is_whole else (self.start, self.width)
-        return math.prod(lengths[:dim]), start * inner, width * inner
+        That matrix has a row for each index before `dim`, and in it a column for each index from `dim` on; with dim None it is
+        one row.
+        """
+        if dim is None:
+            return 0, math.prod(self.full_shape)
+        inner = math.prod(self.full_shape[dim + 1 :])
+        start, length = (0, self.full_shape[dim]) if self.dim is None else (self.start, self.length)
+        return start * inner, length * inner
 
 
 @dataclass(frozen=True)
@@ -75,13 +71,13 @@ class Piece:
     count: int
 
     def __post_init__(self) -> None:
-        assert 0 <= self.begin <= self.begin + self.count <= self.slice.numel, f"{self} is not within its slice"
+        end = self.begin + self.count
+        assert 0 <= self.begin <= end <= math.prod(self.slice.shape), f"{self} is not within its slice"
 
     @staticmethod
     def whole(name: str, shape: tuple[int, ...]) -> Piece:
         """All of a parameter."""
-        everything = ParameterSlice(name, shape)
-        return Piece(everything, 0, everything.numel)
+        return Piece(ParameterSlice(name, shape), 0, math.prod(shape))
 
 
 class _Rectangle(NamedTuple):
@@ -107,32 +103,28 @@ def copy_overlap(source: Piece, read: Callable[[int, int], torch.Tensor], target
     Returns:
         How many these are.
     """
-    assert source.slice.shape == target.slice.shape, f"{source} and {target} are not of one parameter"
-    dim = target.slice.dim if source.slice.is_whole else source.slice.dim
-    if source.slice.is_whole and target.slice.is_whole:
-        # One row: both are plain ranges of the parameter.
-        dim = 0
-    assert source.slice.is_whole or target.slice.is_whole or source.slice.dim == target.slice.dim, (
-        f"{source.slice.name} is cut along dimension {source.slice.dim} and along {target.slice.dim}"
-    )
+    ours, theirs = target.slice, source.slice
+    assert theirs.full_shape == ours.full_shape, f"{source} and {target} are not of one parameter"
+    dim = ours.dim if theirs.dim is None else theirs.dim
+    assert ours.dim in (None, dim), f"{ours.name} is cut along dimension {theirs.dim} and along {ours.dim}"
     copied = 0
-    for theirs in _rectangles(source, dim):
-        for ours in _rectangles(target, dim):
-            top, bottom = max(theirs.top, ours.top), min(theirs.bottom, ours.bottom)
-            left, right = max(theirs.left, ours.left), min(theirs.right, ours.right)
+    for given in _rectangles(source, dim):
+        for wanted in _rectangles(target, dim):
+            top, bottom = max(given.top, wanted.top), min(given.bottom, wanted.bottom)
+            left, right = max(given.left, wanted.left), min(given.right, wanted.right)
             if top >= bottom or left >= right:
                 continue
             rows, columns = bottom - top, right - left
-            _view(lambda a, b: out[a:b], ours, top, left, rows, columns).copy_(
-                _view(read, theirs, top, left, rows, columns)
+            _view(lambda a, b: out[a:b], wanted, top, left, rows, columns).copy_(
+                _view(read, given, top, left, rows, columns)
             )
             copied += rows * columns
     return copied
 
 
-def _rectangles(piece: Piece, dim: int) -> list[_Rectangle]:
+def _rectangles(piece: Piece, dim: int | None) -> list[_Rectangle]:
     """A piece as at most three rectangles: the rest of its first row, whole rows, the beginning of its last."""
-    _, left, width = piece.slice.band(dim)
+    left, width = piece.slice.columns(dim)
     if not piece.count or not width:
         return []
     end = piece.begin + piece.count
@@ -164,16 +156,8 @@ def _view(
 
 
 def parameter_slices(module: nn.Module) -> dict[str, ParameterSlice]:
-    """What this process's module holds, by the names of `module.named_parameters()`.
+    """For each parameter of this rank's module, by its name there, the part of the whole model that it is.
 
-    A module that is cut over processes says so in a method `parameter_slices()` that returns such a dictionary; any other
-    holds every parameter whole and under its own name.
+    Call it on the module as it was built, before an engine partitions parameters. A tied parameter appears once.
     """
-    own = getattr(module, "parameter_slices", None)
-    if own is not None:
-        return own()
-    # With ZeRO-3, a parameter's own shape is that of what is left of it.
-    return {
-        name: ParameterSlice(name, tuple(getattr(parameter, "ds_shape", parameter.shape)))
-        for name, parameter in module.named_parameters()
-    }
+    return {name: ParameterSlice(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()}
