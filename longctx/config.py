@@ -75,8 +75,11 @@ class Config:
     train: TrainConfig = field(default_factory=lambda: _section_class("train")())
     log: LogConfig = field(default_factory=lambda: _section_class("log")())
 
-    def check(self, world_size: int) -> list[Problem]:
+    def check(self, world_size: int, node_size: int | None = None) -> list[Problem]:
         """Everything that keeps this run from starting on `world_size` processes; empty if nothing does.
+
+        Args:
+            node_size: how many of them are on each machine; None: not known.
 
         Looks at the numbers, at the text's and the tokenizer's files, and at whether there is a GPU; tokenises nothing and
         touches no GPU.
@@ -97,6 +100,8 @@ class Config:
                 self.parallel.resolve(world_size)
             except PlanError as error:
                 found += _problems_of(error)
+            if node_size is not None:
+                found += self.parallel.node_problems(node_size, world_size)
         return found + self._vocab_problems()
 
     def _vocab_problems(self) -> list[Problem]:

@@ -83,7 +83,9 @@ def choices(
     )
     filled = " (dp: what the other degrees leave)" if config.parallel.dp is None and plan.world_size > 1 else ""
     ring = f", layout {plan.layout}" if plan.ring > 1 else ""
-    yield f"plan      {plan} on {plan.world_size} process{'es' * (plan.world_size > 1)}{ring}{filled}"
+    local = place.local_world_size or plan.world_size
+    nodes = f", {local} on each machine" if local < plan.world_size else ""
+    yield f"plan      {plan} on {plan.world_size} process{'es' * (plan.world_size > 1)}{nodes}{ring}{filled}"
     yield f"device    {choose_device(place, config.train.device)[1]}; {threads}"
     dtype = config.engine.resolved_dtype(device.type)
     because = f" (engine.dtype = auto on {device.type})" if config.engine.dtype == "auto" else ""
@@ -107,7 +109,7 @@ def settle(config: Config, place: Place) -> tuple[ParallelPlan, torch.device]:
     Raises:
         ConfigError: with every problem of the configuration.
     """
-    problems = config.check(place.world_size)
+    problems = config.check(place.world_size, place.local_world_size)
     if problems:
         raise ConfigError(format_problems("this configuration", problems))
     device, _ = choose_device(place, config.train.device)

@@ -166,11 +166,31 @@ def recall_table(rows: Sequence[Measurement]) -> str:
     return markdown(["task", "attention", "answered"], body)
 
 
+def faults_table(rows: Sequence[Measurement]) -> str:
+    """What a run survived, and how often that was tried."""
+    rows = latest([row for row in rows if row.name.startswith("faults/")])
+    if not rows:
+        return "Not measured yet."
+    body = []
+    for name in dict.fromkeys(row.name for row in rows):
+        got = {row.metric: f"{row.value:.0f}" for row in rows if row.name == name}
+        if "times" in got:
+            body.append([name.split("/", 1)[1], got["times"], got["checkpoints lost"], got["went on"]])
+    steps = [f"{row.value:_.0f}".replace("_", " ") for row in rows if row.metric == "steps"]
+    table = markdown(["2 processes, a checkpoint every 2 steps", "times", "checkpoints lost", "went on"], body)
+    return (
+        f"{table}\n\nThe {steps[0]} steps between the kills are bit for bit those of an undisturbed run."
+        if steps
+        else table
+    )
+
+
 TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
     "attention": attention_table,
     "training": training_table,
     "ring": ring_table,
     "recall": recall_table,
+    "faults": faults_table,
 }
 
 _REGION = re.compile(r"(?P<open><!-- table: (?P<name>[^\n>]*?) -->\n)(?P<text>.*?)(?P<close><!-- end -->)", re.DOTALL)

@@ -49,7 +49,7 @@ class Kill:
     Args:
         kind: `WHILE_TRAINING` or `WHILE_SAVING`.
         rank: the victim.
-        reached: steps done when it was killed.
+        reached: the last step, from 0, when it was killed.
         before: the newest complete checkpoint just before; after: and when all processes were gone; -1: none.
         went_on: where the next start went on.
         lost: checkpoints of before that were gone or damaged.

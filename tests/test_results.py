@@ -305,6 +305,8 @@ def test_every_results_file_can_be_read():
     rows = read(results.RESULTS)
     assert rows
     for r in rows:
-        assert r.name.split("/")[0] in {"attention", "train", "recall", "losses"}, f"{r.name} is shown in no table"
+        assert r.name.split("/")[0] in {"attention", "train", "recall", "losses", "faults"}, (
+            f"{r.name} is shown in no table"
+        )
         assert r.value > 0
         assert r.source or (r.commit and r.date), f"{r}: our own figures name commit and date"
