@@ -194,7 +194,11 @@ def _problems(config: Config, nproc: int, device: str) -> list[Problem]:
         num_heads=config.model.num_heads if has_heads else 1,
         num_kv_heads=config.model.kv_heads if has_heads else 1,
         seq_len=config.data.seq_len,
+        num_layers=config.model.num_layers if has_heads else None,
+        mlp_size=config.model.mlp_size if has_heads else None,
+        vocab_size=config.model.vocab_size if has_heads else None,
     )
+    found += config.engine.plan_problems(config.parallel)
     if not found:
         config.parallel.resolve(nproc)
     return found
