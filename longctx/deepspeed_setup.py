@@ -47,6 +47,13 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, *, dtype: str, gr
         "wall_clock_breakdown": False,
         # It waits for the device before and after every micro-batch.
         "timers": {"throughput": {"enabled": False}},
+        # Activation checkpointing is the model's own, which keeps attention. Activations go whole from stage to stage.
+        "pipeline": {
+            "use_reentrant": False,
+            "activation_checkpoint_interval": 0,
+            "pipe_partitioned": False,
+            "grad_partitioned": False,
+        },
     }
     if dtype == "bf16":
         # A step whose gradient is not finite is left out instead of applied, as the fp32 optimizers do anyway.

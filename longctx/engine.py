@@ -298,10 +298,15 @@ class TrainEngine:
 
     def _total_norm(self) -> torch.Tensor:
         """The norm of the whole gradient without ZeRO, where every process has its parameters' averaged gradients."""
-        cut, whole = split_by_cut(p for p in self.ds.module.parameters() if p.grad is not None)
+        # The last stage's copy of a tied embedding has the gradient that the first one's has.
+        mine = (p for p in self.ds.module.parameters() if not getattr(p, "ds_pipe_replicated", False))
+        cut, whole = split_by_cut(mine)
         square = self._square_norm(cut)
         self.mesh.tensor_exchange.all_reduce(square)
-        return (square + self._square_norm(whole)).sqrt()
+        square += self._square_norm(whole)
+        if self.mesh.pp.group is not None:
+            dist.all_reduce(square, group=self.mesh.pp.group)
+        return square.sqrt()
 
     def _square_norm(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
         """The square of the norm of these parameters' gradients together; 0 for none."""
@@ -428,24 +433,32 @@ def build_engine(
     *,
     total_steps: int,
     seed: int = 0,
+    seq_len: int = 0,
     load: Callable[[nn.Module], None] | None = None,
 ) -> TrainEngine:
-    """A new `Transformer` in a `TrainEngine`, its weights those of `seed`, or what `load` makes of them.
+    """A new `Transformer`, or its stage of a pipeline, in a `TrainEngine`; its weights those of `seed`, or what `load` makes
+    of them.
 
     Args:
+        seq_len: tokens of a sequence: a pipeline's stages are cut by what they compute, attention included. 0: leave it out.
         load: sets the parameters of the model, which is whole and on the CPU then; the same on every process. bf16 training
             rounds fp32 weights and works on from the rounded ones.
     """
     from longctx.model import Transformer
 
-    model = Transformer(
-        model_config,
-        mesh=mesh,
-        kernel=engine_config.kernel,
-        activation_checkpointing=engine_config.activation_checkpointing,
-        fused=engine_config.fused,
-        seed=seed,
-    )
+    made: dict[str, Any] = {"kernel": engine_config.kernel, "fused": engine_config.fused, "seed": seed}
+    made["activation_checkpointing"] = engine_config.activation_checkpointing
+    engine_class: type[TrainEngine] = TrainEngine
+    model: nn.Module
+    if mesh.pp.size > 1:
+        # DeepSpeed must know its device before anything of it is imported.
+        check_one_world(import_deepspeed(mesh.device), mesh)
+        from longctx.pipeline import PipelineTrainEngine, PipelineTransformer
+
+        engine_class = PipelineTrainEngine
+        model = PipelineTransformer(model_config, mesh, model_config.stages(mesh.pp.size, seq_len), **made)
+    else:
+        model = Transformer(model_config, mesh=mesh, **made)
     if load is not None:
         load(model)
-    return TrainEngine(model, mesh, engine_config, optim_config, total_steps=total_steps)
+    return engine_class(model, mesh, engine_config, optim_config, total_steps=total_steps)

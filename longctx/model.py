@@ -20,6 +20,7 @@ from longctx.layout import SequenceMeta
 from longctx.masks import SlidingWindow
 from longctx.parallel.loss import LMHead, check_token_ids
 from longctx.parallel.ring import RING_ATTENTION_OP
+from longctx.parallel.stages import StageCosts, cut_stages
 from longctx.parallel.tensor import ALONE, SUM_OVER_RANKS_OP, TensorParallel, VocabularyEmbedding, slice_of
 from longctx.parallel.ulysses import ALL_TO_ALL_OP
 from longctx.rope import RopeScaling, apply_rope, rope_cos_sin, rope_frequencies
@@ -163,6 +164,23 @@ class ModelConfig:
             vocab_size=self.vocab_size,
             num_params=self.num_layers * per_layer + embeddings + e,
         )
+
+
+    def stages(self, pp: int, seq_len: int) -> tuple[range, ...]:
+        """The decoder layers of each of `pp` pipeline stages, so that their FLOPs of a step are as even as can be.
+
+        Args:
+            seq_len: tokens of a sequence; attention is counted as of one causal document. 0: without attention.
+        """
+        shape = self.shape
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        per_layer = (shape.num_params - embeddings - self.hidden_size) / self.num_layers
+        seen = seq_len if self.sliding_window is None else min(seq_len, 2 * self.sliding_window)
+        # Forward and backward, a token: 6 for each weight, and for each pair of a query with the half of the keys it sees
+        # 12 for each element of a head. An embedding is looked up.
+        attention = 12 * self.num_heads * self.head_size * seen / 2
+        costs = StageCosts(layer=6 * per_layer + attention, last=6 * self.vocab_size * self.hidden_size)
+        return cut_stages(self.num_layers, pp, costs)
 
 
 class Transformer(nn.Module):

@@ -241,7 +241,9 @@ def _number(x: float) -> torch.Tensor:
 def _compare_step(
     case: ParityCase, mesh: ParallelMesh, batches: list[ShardedBatch], exact: _Reference, plain: _Reference
 ) -> list[Comparison]:
-    engine: TrainEngine = build_engine(case.model, case.engine, case.optim, mesh, total_steps=1, seed=case.seed)
+    engine: TrainEngine = build_engine(
+        case.model, case.engine, case.optim, mesh, total_steps=1, seq_len=case.seq_len, seed=case.seed
+    )
     loss = engine.accumulate(0, batches)
     ours = engine.gradients()
     norm = engine.update(0, loss, cursor=0).grad_norm

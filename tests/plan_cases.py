@@ -6,7 +6,7 @@ import gc
 from dataclasses import dataclass, replace
 
 import torch
-from train_cases import MODEL, ReferenceTrainer, full_step, relative_error
+from train_cases import MODEL, SEQ_LEN, ReferenceTrainer, full_step, relative_error
 
 from longctx.engine import EngineConfig, build_engine
 from longctx.model import ModelConfig
@@ -37,6 +37,7 @@ class PlanCase:
     tied: bool = False
     recompute: bool = False
     rich: bool = False
+    layers: int = 3
     steps: int = STEPS
 
     @property
@@ -45,7 +46,7 @@ class PlanCase:
 
     @property
     def model(self) -> ModelConfig:
-        made = replace(WIDE, tie_embeddings=self.tied)
+        made = replace(WIDE, tie_embeddings=self.tied, num_layers=self.layers)
         return replace(made, qkv_bias=True, qk_norm=True, sliding_window=20) if self.rich else made
 
     @property
@@ -77,7 +78,7 @@ def errors(case: PlanCase) -> dict[str, float]:
         zero3_keep_elements=0,
         kernel="reference",
     )
-    engine = build_engine(case.model, settings, OPTIM, mesh, total_steps=case.steps, seed=0)
+    engine = build_engine(case.model, settings, OPTIM, mesh, total_steps=case.steps, seq_len=SEQ_LEN, seed=0)
     # The last rank of the last replica has no target.
     last = (mesh.ring.size - 1, mesh.ring.size, mesh.ulysses.size - 1, mesh.ulysses.size)
     starved = (mesh.dp.size - 1, *last) if mesh.grad.size > 1 else None

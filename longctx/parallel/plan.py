@@ -278,7 +278,8 @@ def tensor_problems(tp: int, sizes: dict[str, int | None]) -> list[Problem]:
     if asked.get("vocab_size", 0) % tp:
         hints.append(f"model.vocab_size {-(-asked['vocab_size'] // tp) * tp:_} is a multiple of {tp}")
     verb = "is not a multiple" if len(wrong) == 1 else "are no multiples"
-    return [Problem(f"{' and '.join(wrong)} {verb} of tp {tp}", "; ".join(hints))]
+    what = " and ".join([", ".join(wrong[:-1]), wrong[-1]]) if wrong[1:] else wrong[0]
+    return [Problem(f"{what} {verb} of tp {tp}", "; ".join(hints))]
 
 
 def ulysses_problems(num_heads: int, num_kv_heads: int, *, ulysses: int, ring: int, tp: int = 1) -> list[Problem]:
