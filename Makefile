@@ -1,5 +1,6 @@
 # make train      make the environment and train configs/debug_cpu.toml on two processes of this machine
 # make test       make the environment; lint, format check, type check, tests
+# make test-all   the same, with the whole of each matrix that `make test` runs a sample of: hours on two cores
 # make test-gpu   the tests marked gpu, with the Python that is there (no environment is made)
 # make clean      remove the environment, caches and runs
 #
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.installed
 # One thread a process: the tests and the training example start several.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-gpu clean
+.PHONY: train test test-all test-gpu clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml .constraints.txt
@@ -27,11 +28,13 @@ $(STAMP): pyproject.toml .constraints.txt
 train: $(STAMP)
 	$(BIN)/torchrun --standalone --nproc-per-node 2 train.py --config configs/debug_cpu.toml
 
-test: $(STAMP)
+test: CHOSEN := not slow
+test-all: CHOSEN := slow or not slow
+test test-all: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "$(CHOSEN)"
 
 # Without a network and without the package installed: the current directory is on the path.
 test-gpu:

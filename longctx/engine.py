@@ -30,7 +30,8 @@ from longctx.errors import (
 )
 from longctx.kernels import kernel_names
 from longctx.optim import OptimConfig, lr_at, parameter_groups
-from longctx.parallel.tensor import gather_slices, parameter_slices, split_by_cut
+from longctx.parallel.slices import parameter_slices
+from longctx.parallel.tensor import gather_slices, split_by_cut
 
 if TYPE_CHECKING:
     from longctx.data import ShardedBatch

@@ -20,8 +20,9 @@ from longctx.layout import SequenceMeta
 from longctx.masks import SlidingWindow
 from longctx.parallel.loss import LMHead, check_token_ids
 from longctx.parallel.ring import RING_ATTENTION_OP
+from longctx.parallel.slices import slice_of
 from longctx.parallel.stages import StageCosts, cut_stages
-from longctx.parallel.tensor import ALONE, SUM_OVER_RANKS_OP, TensorParallel, VocabularyEmbedding, slice_of
+from longctx.parallel.tensor import ALONE, SUM_OVER_RANKS_OP, TensorParallel, VocabularyEmbedding
 from longctx.parallel.ulysses import ALL_TO_ALL_OP
 from longctx.rope import RopeScaling, apply_rope, rope_cos_sin, rope_frequencies
 from longctx.shapes import ModelShape, check_shapes
@@ -165,7 +166,6 @@ class ModelConfig:
             num_params=self.num_layers * per_layer + embeddings + e,
         )
 
-
     def stages(self, pp: int, seq_len: int) -> tuple[range, ...]:
         """The decoder layers of each of `pp` pipeline stages, so that their FLOPs of a step are as even as can be.
 
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
 
     Attention alone looks beyond the shard, through `mesh`; every other layer works token by token. No logits tensor of the
     whole shard exists. The parameters depend on `config` and `seed` only, not on ranks or on the order of construction; with
-    tensor parallelism each process holds its part of the very same matrices (`longctx.parallel.tensor.parameter_slices`).
+    tensor parallelism each process holds its part of the very same matrices (`longctx.parallel.slices.parameter_slices`).
 
     Args:
         mesh: the processes that share a sequence, and matrices; None: this process holds all of both.

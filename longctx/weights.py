@@ -28,7 +28,7 @@ from longctx.deepspeed_setup import import_deepspeed
 from longctx.errors import CheckpointError, ConfigError, Problem, format_problems
 from longctx.hf_config import CONFIG, from_hf_config, read_hf_config, to_hf_config
 from longctx.model import ModelConfig
-from longctx.parallel.tensor import ParameterSlice, parameter_slices
+from longctx.parallel.slices import ParameterSlice, parameter_slices
 from longctx.settings import parse_size, toml_tables
 from longctx.tokenizer import FileTokenizer
 

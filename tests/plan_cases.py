@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from train_cases import MODEL, SEQ_LEN, ReferenceTrainer, full_step, relative_error
 
-from longctx.engine import EngineConfig, build_engine
+from longctx.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
+from longctx.engine import EngineConfig, TrainEngine, build_engine
 from longctx.model import ModelConfig
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
@@ -67,18 +69,8 @@ def train_plans(rank: int, cases: list[PlanCase]) -> dict[str, dict[str, float]]
 
 
 def errors(case: PlanCase) -> dict[str, float]:
-    gc.freeze()
-    mesh = ParallelMesh.create(case.plan, device="cpu")
-    settings = EngineConfig(
-        zero_stage=case.zero,
-        dtype="fp32",
-        micro_batch_size=2,
-        accumulation_steps=case.accumulation,
-        activation_checkpointing=case.recompute,
-        zero3_keep_elements=0,
-        kernel="reference",
-    )
-    engine = build_engine(case.model, settings, OPTIM, mesh, total_steps=case.steps, seq_len=SEQ_LEN, seed=0)
+    engine = make_engine(case)
+    mesh = engine.mesh
     # The last rank of the last replica has no target.
     last = (mesh.ring.size - 1, mesh.ring.size, mesh.ulysses.size - 1, mesh.ulysses.size)
     starved = (mesh.dp.size - 1, *last) if mesh.grad.size > 1 else None
@@ -103,3 +95,43 @@ def errors(case: PlanCase) -> dict[str, float]:
             found[name] = relative_error(state.pop(name), parameter.detach())
         assert not state, f"the engine has more parameters: {list(state)}"
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def resume_plans(rank: int, root: str, cases: list[PlanCase], dtype: str) -> dict[str, dict[str, float]]:
+    """For each case, steps that go on from a checkpoint beside the same steps without one: relative differences."""
+    found = {}
+    for case in cases:
+        path = Path(root) / f"{case}-{dtype}"
+        straight = make_engine(case, dtype)
+        losses = take_steps(straight, case, 0, 2)
+        save_checkpoint(path, straight, TrainState(step=2), fingerprint=asdict(case.model), keep=1)
+        losses += take_steps(straight, case, 2, 4)
+        resumed = make_engine(case, dtype)
+        state = load_checkpoint(latest_checkpoint(path), resumed, asdict(case.model))
+        again = take_steps(resumed, case, state.step, 4)
+        found[str(case)] = {
+            f"step {n}": abs(a - b) / b for n, (a, b) in enumerate(zip(again, losses[2:], strict=True), 2)
+        }
+        want, got = straight.full_state_dict(), resumed.full_state_dict()
+        found[str(case)] |= {name: relative_error(got[name], want[name]) for name in want}
+    return found
+
+
+def take_steps(engine: TrainEngine, case: PlanCase, first: int, last: int) -> list[float]:
+    steps = (full_step(n, dp=case.dp, accumulation=case.accumulation) for n in range(first, last))
+    return [engine.train_step(n, shard_step(full, engine.mesh)).loss for n, full in enumerate(steps, first)]
+
+
+def make_engine(case: PlanCase, dtype: str = "fp32") -> TrainEngine:
+    gc.freeze()
+    mesh = ParallelMesh.create(case.plan, device="cpu")
+    settings = EngineConfig(
+        zero_stage=case.zero,
+        dtype=dtype,
+        micro_batch_size=2,
+        accumulation_steps=case.accumulation,
+        activation_checkpointing=case.recompute,
+        zero3_keep_elements=0,
+        kernel="reference",
+    )
+    return build_engine(case.model, settings, OPTIM, mesh, total_steps=case.steps, seq_len=SEQ_LEN, seed=0)

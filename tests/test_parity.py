@@ -34,8 +34,16 @@ RICH = [
 PLANS = {
     "ring2-zero1-bf16": (2, ["--parallel.ring=2", "--engine.dtype=bf16"], "all"),
     "ring3-zero3-rich": (3, ["--parallel.ring=3", "--engine.zero_stage=3", "--data.seq_len=3k", *RICH], "hop"),
-    "tp2-ring2-zero3-bf16": (4, ["--parallel.tp=2", "--parallel.ring=2", "--engine.zero_stage=3", "--engine.dtype=bf16"], "all"),
-    "pp2-ulysses2-rich": (4, ["--parallel.pp=2", "--parallel.ulysses=2", "--engine.accumulation_steps=3", *RICH], "labels"),
+    "tp2-ring2-zero3-bf16": (
+        4,
+        ["--parallel.tp=2", "--parallel.ring=2", "--engine.zero_stage=3", "--engine.dtype=bf16"],
+        "all",
+    ),
+    "pp2-ulysses2-rich": (
+        4,
+        ["--parallel.pp=2", "--parallel.ulysses=2", "--engine.accumulation_steps=3", *RICH],
+        "labels",
+    ),
     "dp2-ring2-zero1-accumulate2": (4, ["--parallel.ring=2", "--engine.accumulation_steps=2"], "scale"),
 }
 

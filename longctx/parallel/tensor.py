@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from longctx.parallel.exchange import TensorExchange, get_tensor_exchange
+from longctx.parallel.slices import ParameterSlice
 
 if TYPE_CHECKING:
     from longctx.parallel.mesh import ParallelMesh
@@ -150,60 +151,6 @@ class VocabularyEmbedding(nn.Embedding):
         x = F.embedding(local.masked_fill(is_elsewhere, 0), self.weight)
         # The table of exactly one rank has the token, so the sum rounds nothing.
         return self.tensor.leave(x.masked_fill(is_elsewhere[..., None], 0.0))
-
-
-@dataclass(frozen=True)
-class ParameterSlice:
-    """Which part of a parameter of the whole model a parameter of this rank's module is.
-
-    Args:
-        name: of the parameter in the `Transformer` of one process, which is Hugging Face's.
-        full_shape: of the whole parameter.
-        dim: along which it is cut; None: this rank holds all of it, as do the others of its tp axis.
-        start, length: the part that this rank holds, along `dim`; with dim None 0 and 0.
-    """
-
-    name: str
-    full_shape: tuple[int, ...]
-    dim: int | None = None
-    start: int = 0
-    length: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the part."""
-        if self.dim is None:
-            return self.full_shape
-        return (*self.full_shape[: self.dim], self.length, *self.full_shape[self.dim + 1 :])
-
-    def take(self, whole: torch.Tensor) -> torch.Tensor:
-        """The part of `whole`, of `full_shape`, as a view."""
-        return whole if self.dim is None else whole.narrow(self.dim, self.start, self.length)
-
-
-def slice_of(name: str, parameter: nn.Parameter) -> ParameterSlice:
-    """The slice that a parameter, still whole on this process, was made as.
-
-    Args:
-        name: in the whole model.
-    """
-    shape = tuple(parameter.shape)
-    if not hasattr(parameter, "tp_cut"):
-        return ParameterSlice(name, shape)
-    dim, rank, size = parameter.tp_cut
-    full = (*shape[:dim], shape[dim] * size, *shape[dim + 1 :])
-    return ParameterSlice(name, full, dim, rank * shape[dim], shape[dim])
-
-
-def parameter_slices(module: nn.Module) -> dict[str, ParameterSlice]:
-    """For each parameter of this rank's module, by its name there, the part of the whole model that it is.
-
-    Call it on the module as it was built, before an engine partitions parameters. A tied parameter appears once on each
-    rank. A module of a pipeline stage, whose names are its own, says by `canonical_name(name)` what each is in the whole
-    model.
-    """
-    rename = getattr(module, "canonical_name", str)
-    return {name: slice_of(rename(name), parameter) for name, parameter in module.named_parameters()}
 
 
 def gather_slices(local: torch.Tensor, cut: ParameterSlice, exchange: TensorExchange) -> torch.Tensor:
