@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+import math
+import random
+from dataclasses import dataclass, replace
 
 import torch
 from train_cases import MODEL, SEQ_LEN, ReferenceTrainer, full_step, relative_error
 
-from longctx.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
-from longctx.engine import EngineConfig, TrainEngine, build_engine
+from longctx.engine import EngineConfig, build_engine
+from longctx.errors import LongCtxError, Problem
+from longctx.layout import shard_multiple
 from longctx.model import ModelConfig
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
-from longctx.parity import reference_backward, shard_step
+from longctx.parity import FullStep, ParityCase, make_step, reference_backward, shard_step
 
 STEPS = 5
 TOLERANCE = 1e-5
@@ -64,74 +66,149 @@ class PlanCase:
 
 
 def train_plans(rank: int, cases: list[PlanCase]) -> dict[str, dict[str, float]]:
-    """For each case, relative errors of the losses, norms and parameters after all steps, worst first; on every rank."""
+    """For each case, on rank 0 the relative errors of losses, norms and parameters after all steps, worst first."""
     return {str(case): errors(case) for case in cases}
 
 
 def errors(case: PlanCase) -> dict[str, float]:
-    engine = make_engine(case)
-    mesh = engine.mesh
-    # The last rank of the last replica has no target.
-    last = (mesh.ring.size - 1, mesh.ring.size, mesh.ulysses.size - 1, mesh.ulysses.size)
-    starved = (mesh.dp.size - 1, *last) if mesh.grad.size > 1 else None
-    steps = [full_step(n, dp=case.dp, accumulation=case.accumulation, starved=starved) for n in range(case.steps)]
-    reference = ReferenceTrainer(OPTIM, total_steps=case.steps, config=case.model)
-    found: dict[str, float] = {}
-
-    def note(name: str, got: float, expected: float) -> None:
-        found[name] = max(found.get(name, 0.0), abs(got - expected) / abs(expected))
-
-    for n, full in enumerate(steps):
-        result = engine.train_step(n, shard_step(full, mesh))
-        loss, norm = reference.step(n, full)
-        note("loss", result.loss, loss)
-        note("grad_norm", result.grad_norm, norm)
-    with torch.no_grad():
-        evaluated = engine.evaluate(shard_step(steps[0], mesh))
-    note("evaluated", evaluated, reference_backward(reference.model, steps[0]))
-    state = engine.full_state_dict()
-    if mesh.rank == 0:
-        for name, parameter in reference.model.named_parameters():
-            found[name] = relative_error(state.pop(name), parameter.detach())
-        assert not state, f"the engine has more parameters: {list(state)}"
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def resume_plans(rank: int, root: str, cases: list[PlanCase], dtype: str) -> dict[str, dict[str, float]]:
-    """For each case, steps that go on from a checkpoint beside the same steps without one: relative differences."""
-    found = {}
-    for case in cases:
-        path = Path(root) / f"{case}-{dtype}"
-        straight = make_engine(case, dtype)
-        losses = take_steps(straight, case, 0, 2)
-        save_checkpoint(path, straight, TrainState(step=2), fingerprint=asdict(case.model), keep=1)
-        losses += take_steps(straight, case, 2, 4)
-        resumed = make_engine(case, dtype)
-        state = load_checkpoint(latest_checkpoint(path), resumed, asdict(case.model))
-        again = take_steps(resumed, case, state.step, 4)
-        found[str(case)] = {
-            f"step {n}": abs(a - b) / b for n, (a, b) in enumerate(zip(again, losses[2:], strict=True), 2)
-        }
-        want, got = straight.full_state_dict(), resumed.full_state_dict()
-        found[str(case)] |= {name: relative_error(got[name], want[name]) for name in want}
-    return found
-
-
-def take_steps(engine: TrainEngine, case: PlanCase, first: int, last: int) -> list[float]:
-    steps = (full_step(n, dp=case.dp, accumulation=case.accumulation) for n in range(first, last))
-    return [engine.train_step(n, shard_step(full, engine.mesh)).loss for n, full in enumerate(steps, first)]
-
-
-def make_engine(case: PlanCase, dtype: str = "fp32") -> TrainEngine:
-    gc.freeze()
-    mesh = ParallelMesh.create(case.plan, device="cpu")
     settings = EngineConfig(
         zero_stage=case.zero,
-        dtype=dtype,
+        dtype="fp32",
         micro_batch_size=2,
         accumulation_steps=case.accumulation,
         activation_checkpointing=case.recompute,
         zero3_keep_elements=0,
         kernel="reference",
     )
-    return build_engine(case.model, settings, OPTIM, mesh, total_steps=case.steps, seq_len=SEQ_LEN, seed=0)
+    mesh = make_mesh(case.plan)
+    # The last rank of the last replica has no target.
+    last = (mesh.ring.size - 1, mesh.ring.size, mesh.ulysses.size - 1, mesh.ulysses.size)
+    starved = (mesh.dp.size - 1, *last) if mesh.grad.size > 1 else None
+    steps = [full_step(n, dp=case.dp, accumulation=case.accumulation, starved=starved) for n in range(case.steps)]
+    return train_beside_one_process(mesh, case.model, settings, steps, SEQ_LEN)
+
+
+def make_mesh(plan: ParallelPlan) -> ParallelMesh:
+    # DeepSpeed collects garbage whenever it starts; what was imported is none, and looking through it takes 0.3 s.
+    gc.freeze()
+    return ParallelMesh.create(plan, device="cpu")
+
+
+def train_beside_one_process(
+    mesh: ParallelMesh, model: ModelConfig, settings: EngineConfig, steps: list[FullStep], seq_len: int
+) -> dict[str, float]:
+    """Train all steps, evaluate the first, gather the parameters. On rank 0: how far each number is from one process's."""
+    engine = build_engine(model, settings, OPTIM, mesh, total_steps=len(steps), seq_len=seq_len, seed=0)
+    results = [engine.train_step(n, shard_step(full, mesh)) for n, full in enumerate(steps)]
+    evaluated = engine.evaluate(shard_step(steps[0], mesh))
+    state = engine.full_state_dict()
+    assert bool(state) == (mesh.rank == 0)
+    if mesh.rank:
+        return {}
+    reference = ReferenceTrainer(OPTIM, total_steps=len(steps), config=model)
+    found: dict[str, float] = {}
+
+    def note(name: str, got: float, expected: float) -> None:
+        found[name] = max(found.get(name, 0.0), abs(got - expected) / abs(expected))
+
+    for n, (full, result) in enumerate(zip(steps, results, strict=True)):
+        loss, norm = reference.step(n, full)
+        note("loss", result.loss, loss)
+        note("grad_norm", result.grad_norm, norm)
+    note("evaluated", evaluated, reference_backward(reference.model, steps[0]))
+    for name, parameter in reference.model.named_parameters():
+        found[name] = relative_error(state.pop(name), parameter.detach())
+    assert not state, f"the engine has more parameters: {list(state)}"
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+# ---- any plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomCase:
+    """A plan, a model and a length that nobody chose to fit together."""
+
+    plan: ParallelPlan
+    model: ModelConfig
+    engine: EngineConfig
+    seq_len: int
+    mask_documents: bool
+    seed: int
+
+    @property
+    def world(self) -> tuple[int, int, int]:
+        return (self.plan.pp, self.plan.grad_world, self.plan.tp)
+
+    def problems(self) -> list[Problem]:
+        """What a run of this case would be refused for before it starts."""
+        model = self.model
+        found = [*model.problems(), *self.engine.problems("cpu"), *self.engine.plan_problems(self.plan)]
+        return found + self.plan.check(
+            num_heads=model.num_heads,
+            num_kv_heads=model.kv_heads,
+            seq_len=self.seq_len,
+            num_layers=model.num_layers,
+            mlp_size=model.mlp_size,
+            vocab_size=model.vocab_size,
+        )
+
+
+def draw_case(seed: int, max_world: int) -> RandomCase:
+    """The case of a seed: degrees whose product is at most `max_world`, sizes that are often awkward for them."""
+    draw = random.Random(seed)
+    degrees = dict.fromkeys(("dp", "pp", "ring", "ulysses", "tp"), 1)
+    for axis in draw.sample(list(degrees), draw.randint(1, 3)):
+        left = max_world // math.prod(degrees.values())
+        degrees[axis] = draw.choice([n for n in (2, 2, 2, 3, 4) if n <= left] or [1])
+    num_heads, num_kv_heads = draw.choice([(4, 4), (4, 2), (4, 1), (8, 4), (6, 3), (12, 4)])
+    model = ModelConfig(
+        vocab_size=draw.choice([60, 64, 64, 65]),
+        hidden_size=48,
+        num_layers=draw.randint(1, 4),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=8,
+        intermediate_size=draw.choice([48, 48, 52]),
+        tie_embeddings=draw.random() < 0.5,
+        qkv_bias=draw.random() < 0.3,
+        qk_norm=draw.random() < 0.3,
+        sliding_window=draw.choice([None, None, 5]),
+        init_std=0.2,
+    )
+    engine = EngineConfig(
+        zero_stage=draw.choice([0, 1, 1, 2, 3]),
+        dtype="fp32",
+        micro_batch_size=draw.randint(1, 2),
+        accumulation_steps=draw.randint(1, 4),
+        activation_checkpointing=draw.random() < 0.5,
+        zero3_keep_elements=draw.choice([0, 0, 500]),
+        kernel="reference",
+    )
+    plan = ParallelPlan(**degrees, layout=draw.choice(["zigzag", "striped", "contiguous"]))
+    multiple = shard_multiple(plan.sequence_layout, plan.ring, plan.ulysses)
+    seq_len = draw.choice([multiple * draw.randint(1, 6), multiple * draw.randint(1, 6), draw.randint(1, 64)])
+    return RandomCase(
+        plan=plan, model=model, engine=engine, seq_len=seq_len, mask_documents=draw.random() < 0.5, seed=seed
+    )
+
+
+def train_random(rank: int, cases: list[RandomCase]) -> dict[int, dict[str, float] | str]:
+    """For each case by its seed: as `train_plans`, two steps each; or the message it was refused with."""
+    found: dict[int, dict[str, float] | str] = {}
+    for case in cases:
+        mesh = make_mesh(case.plan)
+        parity = ParityCase(
+            model=case.model,
+            engine=case.engine,
+            optim=OPTIM,
+            plan=case.plan,
+            seq_len=case.seq_len,
+            mask_documents=case.mask_documents,
+        )
+        steps = [make_step(replace(parity, seed=100 * case.seed + n), torch.device("cpu")) for n in range(2)]
+        try:
+            found[case.seed] = train_beside_one_process(mesh, case.model, case.engine, steps, case.seq_len)
+        except LongCtxError as error:
+            found[case.seed] = str(error)
+    return found
