@@ -194,7 +194,11 @@ def _problems(config: Config, nproc: int, device: str) -> list[Problem]:
         num_heads=config.model.num_heads if has_heads else 1,
         num_kv_heads=config.model.kv_heads if has_heads else 1,
         seq_len=config.data.seq_len,
+        num_layers=config.model.num_layers if has_heads else None,
+        mlp_size=config.model.mlp_size if has_heads else None,
+        vocab_size=config.model.vocab_size if has_heads else None,
     )
+    found += config.engine.plan_problems(config.parallel)
     if not found:
         config.parallel.resolve(nproc)
     return found
@@ -206,18 +210,21 @@ def cut_model(config: Config, plan: ParallelPlan, device: str) -> tuple[ModelCon
     multiple = shard_multiple(plan.sequence_layout, plan.ring, plan.ulysses)
     shortest = -(-SHARD[device] * plan.sp // multiple) * multiple
     short = min(seq_len, shortest)
-    # Ulysses divides the heads that there are.
-    kv_heads = min(model.kv_heads, KV_HEADS) if plan.ulysses == 1 else model.kv_heads
+    # Ulysses and tp divide the heads that there are, tp the features and the vocabulary, pp the layers.
+    kv_heads = min(model.kv_heads, KV_HEADS) if plan.ulysses == plan.tp == 1 else model.kv_heads
+    intermediate, vocab = (-(-size // plan.tp) * plan.tp for size in (INTERMEDIATE, VOCAB))
+    # One more than stages, so that these are uneven.
+    layers = LAYERS if plan.pp == 1 else plan.pp + 1
     window = model.sliding_window
     if window is not None and short < seq_len:
         # As long beside the sequence as it was.
         window = max(min(window, WINDOW), round(window * short / seq_len))
     cut = replace(
         model,
-        num_layers=min(model.num_layers, LAYERS),
+        num_layers=min(model.num_layers, layers),
         hidden_size=min(model.hidden_size, HIDDEN),
-        intermediate_size=min(model.mlp_size, INTERMEDIATE),
-        vocab_size=min(model.vocab_size, VOCAB),
+        intermediate_size=min(model.mlp_size, intermediate),
+        vocab_size=min(model.vocab_size, vocab),
         num_kv_heads=kv_heads,
         num_heads=model.num_heads // model.kv_heads * kv_heads,
         head_dim=model.head_size,

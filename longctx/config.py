@@ -94,7 +94,11 @@ class Config:
             num_heads=self.model.num_heads if has_heads else 1,
             num_kv_heads=self.model.kv_heads if has_heads else 1,
             seq_len=self.data.seq_len,
+            num_layers=self.model.num_layers if has_heads else None,
+            mlp_size=self.model.mlp_size if has_heads else None,
+            vocab_size=self.model.vocab_size if has_heads else None,
         )
+        found += self.engine.plan_problems(self.parallel)
         if not self.parallel.problems():
             try:
                 self.parallel.resolve(world_size)

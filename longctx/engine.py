@@ -31,11 +31,13 @@ from longctx.errors import (
 from longctx.kernels import kernel_names
 from longctx.optim import OptimConfig, lr_at, parameter_groups
 from longctx.parallel.slices import parameter_slices
+from longctx.parallel.tensor import gather_slices, split_by_cut
 
 if TYPE_CHECKING:
     from longctx.data import ShardedBatch
     from longctx.model import ModelConfig
     from longctx.parallel.mesh import ParallelMesh
+    from longctx.parallel.plan import ParallelPlan
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +103,26 @@ class EngineConfig:
                 Problem(
                     f"engine.dtype bf16{chosen} with engine.zero_stage 0: DeepSpeed takes a phantom optimizer step there",
                     "engine.zero_stage 1 does the same arithmetic rightly, also on one process; or engine.dtype fp32",
+                )
+            )
+        return found
+
+    def plan_problems(self, plan: ParallelPlan) -> list[Problem]:
+        """What of these settings does not go together with a plan."""
+        found = []
+        if plan.pp > 1 and self.zero_stage > 1:
+            found.append(
+                Problem(
+                    f"engine.zero_stage {self.zero_stage} with pp {plan.pp}: a stage's gradients are needed whole until its "
+                    "last micro-batch, so DeepSpeed has no ZeRO 2 or 3 with a pipeline",
+                    f"engine.zero_stage 1, or pp 1 with ring {plan.ring * plan.pp}",
+                )
+            )
+        if plan.tp > 1 and self.fused == "on":
+            found.append(
+                Problem(
+                    f"engine.fused = on with tp {plan.tp}: liger's loss needs the logits of the whole vocabulary",
+                    "engine.fused = auto takes liger for all else",
                 )
             )
         return found
@@ -171,7 +193,8 @@ class TrainEngine:
         self.mesh, self.config, self.optim, self.total_steps = mesh, engine_config, optim_config, total_steps
         self.dtype = engine_config.resolved_dtype(mesh.device.type)
         self.grad_world = len(mesh.grad.ranks)
-        problems = [*engine_config.problems(mesh.device.type), *optim_config.problems()]
+        problems = [*engine_config.problems(mesh.device.type), *engine_config.plan_problems(mesh.plan)]
+        problems += optim_config.problems()
         if problems:
             raise ConfigError(format_problems("the engine's settings", problems))
         deepspeed = import_deepspeed(mesh.device)
@@ -186,7 +209,7 @@ class TrainEngine:
                 model=model,
                 optimizer=optimizer,
                 config=deepspeed_config(engine_config, optim_config, dtype=self.dtype, grad_world=self.grad_world),
-                mpu=FoldedWorld(mesh),
+                mpu=self._groups(),
                 dist_init_required=False,
             )
         log.debug("deepspeed.initialize: %s", printed.getvalue())
@@ -225,22 +248,32 @@ class TrainEngine:
                 f"{self.mesh.prefix} step {step}: no token of the samples from cursor {first.cursor} on has a target\n"
                 "       documents of one token have none; check the data, or set data.mask_documents = false"
             )
+        return self._mean_loss(step, self._forward_backward(micro_batches), first)
+
+    def _groups(self) -> Any:
+        """What DeepSpeed asks for its process groups."""
+        return FoldedWorld(self.mesh)
+
+    def _forward_backward(self, micro_batches: Sequence[ShardedBatch]) -> torch.Tensor:
+        """All micro-batches; [sum of the losses, targets] of this process in float64."""
         # float64: the sums of a whole step, exact enough that every process count gives the same mean.
         total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for i, batch in enumerate(micro_batches):
             local_sum = self.ds(batch)
-            loss = scaled_loss(
-                local_sum,
-                num_target_tokens=batch.num_target_tokens,
-                grad_world=self.grad_world,
-                accumulation_steps=expected,
-            )
-            self.ds.backward(loss)
-            if i + 1 < expected:
+            self.ds.backward(self._scaled(local_sum, batch))
+            if i + 1 < len(micro_batches):
                 # Between micro-batches this only counts them.
                 self.ds.step()
             total += torch.stack([local_sum.detach().double(), (batch.labels != -100).sum().double()])
-        return self._mean_loss(step, total, first)
+        return total
+
+    def _scaled(self, local_sum: torch.Tensor, batch: ShardedBatch) -> torch.Tensor:
+        return scaled_loss(
+            local_sum,
+            num_target_tokens=batch.num_target_tokens,
+            grad_world=self.grad_world,
+            accumulation_steps=self.config.accumulation_steps,
+        )
 
     def update(self, step: int, loss: float, *, cursor: int) -> StepResult:
         """The second half of `train_step`: clip and update."""
@@ -249,31 +282,60 @@ class TrainEngine:
             group["lr"] = lr
         norm: Any = None
         if self.config.zero_stage == 0:
-            parameters = [p for p in self.ds.module.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = self._total_norm()
             self._check_norm(step, float(norm), cursor)
             if self.optim.gradient_clipping > 0:
-                nn.utils.clip_grads_with_norm_(parameters, self.optim.gradient_clipping, norm)
-        self.ds.step()
+                nn.utils.clip_grads_with_norm_(self.ds.module.parameters(), self.optim.gradient_clipping, norm)
+        self._apply_step()
         if norm is None:
             norm = self.ds.get_global_grad_norm()
             self._check_norm(step, float(norm), cursor)
         return StepResult(loss, float(norm), lr)
+
+    def _apply_step(self) -> None:
+        """Update the parameters and clear the gradients."""
+        self.ds.step()
+
+    def _total_norm(self) -> torch.Tensor:
+        """The norm of the whole gradient without ZeRO, where every process has its parameters' averaged gradients."""
+        # The last stage's copy of a tied embedding has the gradient that the first one's has.
+        mine = (p for p in self.ds.module.parameters() if not getattr(p, "ds_pipe_replicated", False))
+        cut, whole = split_by_cut(mine)
+        square = self._square_norm(cut)
+        self.mesh.tensor_exchange.all_reduce(square)
+        square += self._square_norm(whole)
+        if self.mesh.pp.group is not None:
+            dist.all_reduce(square, group=self.mesh.pp.group)
+        return square.sqrt()
+
+    def _square_norm(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        """The square of the norm of these parameters' gradients together; 0 for none."""
+        norms = [p.grad for p in parameters if p.grad is not None]
+        return nn.utils.get_total_norm(norms).square() if norms else torch.zeros((), device=self.mesh.device)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[ShardedBatch]) -> float:
         """Mean nats per target token over `batches`; every process must bring as many. nan where there is no target."""
         was_training = self.ds.module.training
         self.ds.eval()
+        total = self._forward_only(batches)
+        self.ds.train(was_training)
+        rows, _ = self._gather(total)
+        loss, targets = rows.sum(0).tolist()
+        return loss / targets if targets else math.nan
+
+    def _forward_only(self, batches: Iterable[ShardedBatch]) -> torch.Tensor:
+        """As `_forward_backward`, without gradients."""
         total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             total += torch.stack([self.ds(batch).double(), (batch.labels != -100).sum().double()])
-        self.ds.train(was_training)
-        loss, targets = self._gather(total).sum(0).tolist()
-        return loss / targets if targets else math.nan
+        return total
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """The whole gradient of each parameter in fp32, between `accumulate` and `update`. For inspection and tests."""
+        """The whole gradient of each of the model's parameters in fp32, on every process, between `accumulate` and `update`.
+
+        For inspection and tests: every process holds all of it. Collective.
+        """
         from deepspeed.utils import safe_get_full_grad
 
         found = {}
@@ -282,7 +344,8 @@ class TrainEngine:
             partitioned = self.config.zero_stage in (1, 2)
             grad = parameter.get_full_hp_grad() if partitioned else safe_get_full_grad(parameter)
             assert grad is not None, f"{name} has no gradient"
-            found[name] = grad.detach().float().clone()
+            part = self.slices[name]
+            found[part.name] = gather_slices(grad.detach().float().clone(), part, self.mesh.tensor_exchange)
         return found
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
@@ -294,29 +357,32 @@ class TrainEngine:
 
         state = {}
         for name, parameter in self.ds.module.named_parameters():
+            part = self.slices[name]
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.config.zero_stage == 3):
-                if self.mesh.rank == 0:
-                    state[name] = parameter.detach().cpu().clone()
+                whole = gather_slices(parameter.detach(), part, self.mesh.tensor_exchange)
+                if self.mesh.grad.rank == self.mesh.tp.rank == 0:
+                    state[part.name] = whole.cpu().clone()
         return state
 
     def _adamw_settings(self) -> dict[str, Any]:
         return {"betas": tuple(self.optim.betas), "eps": self.optim.eps, "fused": self.mesh.device.type == "cuda"}
 
-    def _gather(self, local: torch.Tensor) -> torch.Tensor:
-        """`local` [n] of every process of the grad axis: [dp * sp, n], the same everywhere."""
-        if self.grad_world == 1:
-            return local[None]
+    def _gather(self, local: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """`local` [n] of every process that holds other tokens or layers: [processes, n], the same everywhere; their ranks."""
+        axis = self.mesh.grad
+        if axis.size == 1:
+            return local[None], axis.ranks
         # A sum of rows of which one is not zero: the name of the gather into one tensor depends on torch's version.
-        everyone = local.new_zeros(self.grad_world, local.numel())
-        everyone[self.mesh.grad.rank] = local
-        dist.all_reduce(everyone, group=self.mesh.grad.group)
-        return everyone
+        everyone = local.new_zeros(axis.size, local.numel())
+        everyone[axis.rank] = local
+        dist.all_reduce(everyone, group=axis.group)
+        return everyone, axis.ranks
 
     def _mean_loss(self, step: int, total: torch.Tensor, first: ShardedBatch) -> float:
         """The step's mean loss from every process's (sum of losses, targets); checks that they fit together."""
         own = torch.tensor([step, first.cursor, first.num_target_tokens], dtype=torch.float64, device=total.device)
-        rows = self._gather(torch.cat([total, own])).cpu()
-        ranks = self.mesh.grad.ranks
+        gathered, ranks = self._gather(torch.cat([total, own]))
+        rows = gathered.cpu()
         if bool((rows[:, 2:] != rows[0, 2:]).any()):
             told = "; ".join(
                 f"rank {rank}: step {int(s)}, cursor {int(c)}, {int(n)} targets"
@@ -359,24 +425,32 @@ def build_engine(
     *,
     total_steps: int,
     seed: int = 0,
+    seq_len: int = 0,
     load: Callable[[nn.Module], None] | None = None,
 ) -> TrainEngine:
-    """A new `Transformer` in a `TrainEngine`, its weights those of `seed`, or what `load` makes of them.
+    """A new `Transformer`, or its stage of a pipeline, in a `TrainEngine`; its weights those of `seed`, or what `load` makes
+    of them.
 
     Args:
+        seq_len: tokens of a sequence: a pipeline's stages are cut by what they compute, attention included. 0: leave it out.
         load: sets the parameters of the model, which is whole and on the CPU then; the same on every process. bf16 training
             rounds fp32 weights and works on from the rounded ones.
     """
     from longctx.model import Transformer
 
-    model = Transformer(
-        model_config,
-        mesh=mesh,
-        kernel=engine_config.kernel,
-        activation_checkpointing=engine_config.activation_checkpointing,
-        fused=engine_config.fused,
-        seed=seed,
-    )
+    made: dict[str, Any] = {"kernel": engine_config.kernel, "fused": engine_config.fused, "seed": seed}
+    made["activation_checkpointing"] = engine_config.activation_checkpointing
+    engine_class: type[TrainEngine] = TrainEngine
+    model: nn.Module
+    if mesh.pp.size > 1:
+        # DeepSpeed must know its device before anything of it is imported.
+        check_one_world(import_deepspeed(mesh.device), mesh)
+        from longctx.pipeline import PipelineTrainEngine, PipelineTransformer
+
+        engine_class = PipelineTrainEngine
+        model = PipelineTransformer(model_config, mesh, model_config.stages(mesh.pp.size, seq_len), **made)
+    else:
+        model = Transformer(model_config, mesh=mesh, **made)
     if load is not None:
         load(model)
-    return TrainEngine(model, mesh, engine_config, optim_config, total_steps=total_steps)
+    return engine_class(model, mesh, engine_config, optim_config, total_steps=total_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -20,6 +20,9 @@ from longctx.layout import SequenceMeta
 from longctx.masks import SlidingWindow
 from longctx.parallel.loss import LMHead, check_token_ids
 from longctx.parallel.ring import RING_ATTENTION_OP
+from longctx.parallel.slices import slice_of
+from longctx.parallel.stages import StageCosts, cut_stages
+from longctx.parallel.tensor import ALONE, SUM_OVER_RANKS_OP, TensorParallel, VocabularyEmbedding
 from longctx.parallel.ulysses import ALL_TO_ALL_OP
 from longctx.rope import RopeScaling, apply_rope, rope_cos_sin, rope_frequencies
 from longctx.shapes import ModelShape, check_shapes
@@ -163,15 +166,32 @@ class ModelConfig:
             num_params=self.num_layers * per_layer + embeddings + e,
         )
 
+    def stages(self, pp: int, seq_len: int) -> tuple[range, ...]:
+        """The decoder layers of each of `pp` pipeline stages, so that their FLOPs of a step are as even as can be.
+
+        Args:
+            seq_len: tokens of a sequence; attention is counted as of one causal document. 0: without attention.
+        """
+        shape = self.shape
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        per_layer = (shape.num_params - embeddings - self.hidden_size) / self.num_layers
+        seen = seq_len if self.sliding_window is None else min(seq_len, 2 * self.sliding_window)
+        # Forward and backward, a token: 6 for each weight, and for each pair of a query with the half of the keys it sees
+        # 12 for each element of a head. An embedding is looked up.
+        attention = 12 * self.num_heads * self.head_size * seen / 2
+        costs = StageCosts(layer=6 * per_layer + attention, last=6 * self.vocab_size * self.hidden_size)
+        return cut_stages(self.num_layers, pp, costs)
+
 
 class Transformer(nn.Module):
     """Embedding, decoder layers and output projection over one rank's shard of the sequence.
 
     Attention alone looks beyond the shard, through `mesh`; every other layer works token by token. No logits tensor of the
-    whole shard exists. The parameters depend on `config` and `seed` only, not on ranks or on the order of construction.
+    whole shard exists. The parameters depend on `config` and `seed` only, not on ranks or on the order of construction; with
+    tensor parallelism each process holds its part of the very same matrices (`longctx.parallel.slices.parameter_slices`).
 
     Args:
-        mesh: the processes that share a sequence; None: this process holds all of it.
+        mesh: the processes that share a sequence, and matrices; None: this process holds all of both.
         kernel: name of the attention kernel, or "auto".
         activation_checkpointing: keep, of each layer, its input and what attention gave; recompute the rest in backward.
             Attention and its communication run once.
@@ -199,7 +219,7 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.model = _Decoder(config, mesh, kernel, fused)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, fused=fused)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, fused=fused, tensor=TensorParallel.of(mesh))
         if config.tie_embeddings:
             # One Parameter in two modules: each module's hooks find it, and the optimizer sees it once.
             self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
@@ -228,55 +248,80 @@ class Transformer(nn.Module):
         check_token_ids(tokens, self.config.vocab_size, what="token")
         return self.model(tokens, meta, self.activation_checkpointing and torch.is_grad_enabled())
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Set every parameter to its initial value: norms 1, biases 0, the rest normal, from `seed` and its own name."""
-        residual_std = self.config.init_std / math.sqrt(2 * self.config.num_layers)
+        """Set every parameter to its initial value, from `seed` and its own name; see `init_parameter`."""
         for name, parameter in self.named_parameters():
-            if parameter.is_meta:
-                continue
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-                generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little") >> 1)
-                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                parameter.normal_(0.0, residual_std if is_residual else self.config.init_std, generator=generator)
+            init_parameter(name, parameter, self.config, seed)
+
+
+@torch.no_grad()
+def init_parameter(name: str, parameter: nn.Parameter, config: ModelConfig, seed: int) -> None:
+    """The initial value of a parameter: norms 1, biases 0, the rest normal.
+
+    One that is cut over the tp ranks becomes its part of what one process starts with; memory holds the whole of it meanwhile.
+
+    Args:
+        name: in the `Transformer` of one process.
+    """
+    if parameter.is_meta:
+        return
+    if name.endswith("norm.weight"):
+        parameter.fill_(1.0)
+    elif name.endswith(".bias"):
+        parameter.zero_()
+    else:
+        residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+        digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        part = slice_of(name, parameter)
+        whole = parameter if part.dim is None else parameter.new_empty(part.full_shape)
+        whole.normal_(0.0, residual_std if is_residual else config.init_std, generator=generator)
+        if part.dim is not None:
+            parameter.copy_(part.take(whole))
 
 
 class _Decoder(nn.Module):
     def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = _uninitialised(nn.Embedding, config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(_Layer(config, mesh, kernel, fused) for _ in range(config.num_layers))
+        self.embed_tokens = VocabularyEmbedding(config.vocab_size, config.hidden_size, TensorParallel.of(mesh))
+        self.layers = nn.ModuleList(DecoderLayer(config, mesh, kernel, fused) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
 
     def forward(self, tokens: torch.Tensor, meta: SequenceMeta, recompute: bool) -> torch.Tensor:
-        x = self.embed_tokens(tokens)
-        config = self.config
-        # Made anew each time: a buffer would be cast to bf16 along with the weights, and 10^6 positions need float64.
-        inv_freq, factor = rope_frequencies(
-            config.head_size, config.rope_theta, config.rope_scaling, device=tokens.device
-        )
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = rope_cos_sin(meta.positions, inv_freq, attention_factor=factor, dtype=dtype)
-        if config.sliding_window is not None:
-            meta = replace(meta, mask=meta.mask & SlidingWindow(config.sliding_window))
-        for layer in self.layers:
-            x = _recomputed(layer, x, cos, sin, meta) if recompute else layer(x, cos, sin, meta)
-        return self.norm(x)
+        return self.norm(run_layers(self.layers, self.embed_tokens(tokens), meta, self.config, recompute=recompute))
 
 
-class _Layer(nn.Module):
+def run_layers(
+    layers: Iterable[nn.Module], x: torch.Tensor, meta: SequenceMeta, config: ModelConfig, *, recompute: bool
+) -> torch.Tensor:
+    """Decoder layers, one after the other.
+
+    Args:
+        x: "b s e".
+        recompute: keep of each layer its input and what attention gave.
+    """
+    # Made anew each time: a buffer would be cast to bf16 along with the weights, and 10^6 positions need float64.
+    inv_freq, factor = rope_frequencies(config.head_size, config.rope_theta, config.rope_scaling, device=x.device)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = rope_cos_sin(meta.positions, inv_freq, attention_factor=factor, dtype=dtype)
+    if config.sliding_window is not None:
+        meta = replace(meta, mask=meta.mask & SlidingWindow(config.sliding_window))
+    for layer in layers:
+        x = _recomputed(layer, x, cos, sin, meta) if recompute else layer(x, cos, sin, meta)
+    return x
+
+
+class DecoderLayer(nn.Module):
+    """Attention and SwiGLU, each behind a norm and added to what came in."""
+
     def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
         self.self_attn = _Attention(config, mesh, kernel, fused)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
-        self.mlp = _MLP(config, fused)
+        self.mlp = _MLP(config, mesh, fused)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meta: SequenceMeta) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, meta)
@@ -286,54 +331,69 @@ class _Layer(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
         super().__init__()
-        e, d, h, hk = config.hidden_size, config.head_size, config.num_heads, config.kv_heads
+        self.tensor = tensor = TensorParallel.of(mesh)
+        e, d, h, hk = config.hidden_size, config.head_size, tensor.part(config.num_heads), tensor.part(config.kv_heads)
         self.head_dim = d
         self.fused = fused
-        self.q_proj = _linear(e, h * d, bias=config.qkv_bias)
-        self.k_proj = _linear(e, hk * d, bias=config.qkv_bias)
-        self.v_proj = _linear(e, hk * d, bias=config.qkv_bias)
-        self.o_proj = _linear(h * d, e)
-        self.q_norm = RMSNorm(d, config.norm_eps, fused=fused) if config.qk_norm else None
-        self.k_norm = RMSNorm(d, config.norm_eps, fused=fused) if config.qk_norm else None
+        self.q_proj = _linear(e, h * d, tensor, cut=0, bias=config.qkv_bias)
+        self.k_proj = _linear(e, hk * d, tensor, cut=0, bias=config.qkv_bias)
+        self.v_proj = _linear(e, hk * d, tensor, cut=0, bias=config.qkv_bias)
+        self.o_proj = _linear(h * d, e, tensor, cut=1)
+        # Of all heads alike, so every rank has them whole, and their gradient is the sum over the ranks' heads.
+        self.q_norm = RMSNorm(d, config.norm_eps, fused=fused, tensor=tensor) if config.qk_norm else None
+        self.k_norm = RMSNorm(d, config.norm_eps, fused=fused, tensor=tensor) if config.qk_norm else None
         self.attention = ParallelAttention(mesh, kernel=kernel)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meta: SequenceMeta) -> torch.Tensor:
+        x = self.tensor.enter(x)
         # Views of the projections: heads are never moved before the sequence, so nothing is copied.
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, k, cos, sin, fused=self.fused)
-        return self.o_proj(self.attention(q, k, v, meta).flatten(2))
+        out = self.o_proj(self.attention(q, k, v, meta).flatten(2))
+        return self.tensor.leave(out, keep=True)
 
 
 class _MLP(nn.Module):
-    def __init__(self, config: ModelConfig, fused: Fused) -> None:
+    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, fused: Fused) -> None:
         super().__init__()
-        e, f = config.hidden_size, config.mlp_size
+        self.tensor = tensor = TensorParallel.of(mesh)
+        e, f = config.hidden_size, tensor.part(config.mlp_size)
         self.fused = fused
-        self.gate_proj = _linear(e, f)
-        self.up_proj = _linear(e, f)
-        self.down_proj = _linear(f, e)
+        self.gate_proj = _linear(e, f, tensor, cut=0)
+        self.up_proj = _linear(e, f, tensor, cut=0)
+        self.down_proj = _linear(f, e, tensor, cut=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x), fused=self.fused))
+        x = self.tensor.enter(x)
+        return self.tensor.leave(self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x), fused=self.fused)))
 
 
 class RMSNorm(nn.Module):
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis. See `longctx.kernels.fused.rms_norm`."""
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis. See `longctx.kernels.fused.rms_norm`.
 
-    def __init__(self, size: int, eps: float, *, fused: Fused = "auto") -> None:
+    Args:
+        tensor: the ranks that each apply the weight to a part of what it is for; by default each to all.
+    """
+
+    def __init__(self, size: int, eps: float, *, fused: Fused = "auto", tensor: TensorParallel = ALONE) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
         self.fused = fused
+        self.tensor = tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps, fused=self.fused)
+        return rms_norm(x, self.tensor.enter(self.weight), self.eps, fused=self.fused)
 
 
-def _linear(size_in: int, size_out: int, bias: bool = False) -> nn.Linear:
-    return _uninitialised(nn.Linear, size_in, size_out, bias=bias)
+def _linear(size_in: int, size_out: int, tensor: TensorParallel, *, cut: int, bias: bool = False) -> nn.Linear:
+    """A projection in this rank's size: a part of its outputs (cut 0) or of its inputs (cut 1, without a bias)."""
+    made = _uninitialised(nn.Linear, size_in, size_out, bias=bias)
+    for parameter in made.parameters():
+        tensor.cut(parameter, cut)
+    return made
 
 
 def _uninitialised(cls: type[_Module], *args: object, **kwargs: object) -> _Module:
@@ -362,4 +422,6 @@ def _keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 def _policy(ctx: object, op: Callable, *args: object, **kwargs: object) -> CheckpointPolicy:
     # Recomputing attention would repeat its communication, on every rank and in the same order, or hang.
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    # The last argument of a sum over the tp ranks says whether backward will need it again.
+    is_kept = op in _KEPT or (op is SUM_OVER_RANKS_OP and args[-1])
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -213,6 +213,7 @@ class Trainer:
             config.optim,
             mesh,
             total_steps=config.train.steps,
+            seq_len=config.data.seq_len,
             seed=config.train.seed,
             load=self.init_from.load_into if self.init_from is not None else None,
         )

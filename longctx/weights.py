@@ -27,6 +27,7 @@ from longctx.checkpoint_weights import CheckpointWeights, parameter_shapes
 from longctx.errors import CheckpointError, ConfigError, Problem, format_problems
 from longctx.hf_config import CONFIG, from_hf_config, read_hf_config, to_hf_config
 from longctx.model import ModelConfig
+from longctx.parallel.slices import ParameterSlice, parameter_slices
 from longctx.settings import parse_size, toml_tables
 from longctx.tokenizer import FileTokenizer
 
@@ -83,14 +84,18 @@ class WeightsFolder:
     def load_into(self, model: nn.Module) -> None:
         """Copy every parameter into `model`, of any float dtype, one after the other; files are mapped, not read whole.
 
+        Of a parameter that is cut over tp ranks, or a model that is one stage of a pipeline, only this rank's part is read.
+
         Raises:
             CheckpointError: a file changed meanwhile.
         """
-        wanted = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
+        wanted = {part.name: (part, parameters[name]) for name, part in parameter_slices(model).items()}
         for file in sorted(set(self._file_of.values())):
             with self._reading(file) as tensors, torch.no_grad():
                 for name in (n for n, f in self._file_of.items() if f == file and n in wanted):
-                    wanted[name].copy_(tensors.get_tensor(name))
+                    part, parameter = wanted[name]
+                    parameter.copy_(_read(tensors, part))
 
     def fits(self, config: ModelConfig) -> list[str]:
         """What of `config` is meant to differ: how positions turn and how far attention sees; a line for each.
@@ -176,6 +181,14 @@ class WeightsFolder:
             return []
         what = f"lm_head.weight is not the embedding, but {CONFIG} says tie_word_embeddings"
         return [Problem(what, "set it to false there, or remove lm_head.weight")]
+
+
+def _read(tensors: Any, part: ParameterSlice) -> torch.Tensor:
+    """A part of a tensor in an open safetensors file."""
+    if part.dim is None:
+        return tensors.get_tensor(part.name)
+    rows = slice(part.start, part.start + part.length)
+    return tensors.get_slice(part.name)[(slice(None),) * part.dim + (rows,)]
 
 
 def export(

@@ -43,7 +43,14 @@ SETTINGS = {
     "wrong-type": (["--data.seq_len=long"], ["--data.seq_len=long is text", "expected a whole number"]),
     "wrong-choice": (["--engine.zero_stage=4"], ["engine.zero_stage = 4", "one of 0, 1, 2, 3"]),
     "world-size": (["--parallel.ring=2"], ["world size 1 is not a multiple of", "start 2 processes"]),
-    "not-there-yet": (["--parallel.tp=2"], ["tp = 2", "cannot be used yet", "ring 2"]),
+    "tensor-parallel": (
+        ["--parallel.tp=3"],
+        ["num_heads 2, num_kv_heads 2 and intermediate_size 128 are no multiples of tp 3", "tp of 1, 2 divides"],
+    ),
+    "stages": (
+        ["--parallel.pp=5", "--engine.zero_stage=3"],
+        ["pp 5 has more stages than", "engine.zero_stage 3 with pp 5"],
+    ),
     "seq-len": (
         ["--parallel.ring=8", "--data.seq_len=1000"],
         ["seq_len = 1_000 is not a multiple of 16 (zigzag over ring 8)", "nearest: 992 or 1_008"],

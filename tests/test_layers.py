@@ -21,8 +21,11 @@ ROOT = PACKAGE.parent
 LAYERS = (
     ("L0", ("errors", "shapes", "masks", "layout")),
     ("L1", ("kernels",)),
-    ("L2 pure", ("parallel.plan", "parallel.schedule", "parallel.slices")),
-    ("L2", ("parallel.mesh", "parallel.exchange", "parallel.ring", "parallel.ulysses", "parallel.loss")),
+    ("L2 pure", ("parallel.plan", "parallel.schedule", "parallel.slices", "parallel.stages")),
+    (
+        "L2",
+        ("parallel.mesh", "parallel.exchange", "parallel.ring", "parallel.ulysses", "parallel.tensor", "parallel.loss"),
+    ),
     ("L3", ("flash", "functional")),
     ("L4", ("attention", "rope", "model")),
     ("L5 text and numbers", ("settings", "corpus", "tokenizer", "tokens", "data", "metrics", "results", "tables")),
@@ -32,6 +35,7 @@ LAYERS = (
             "optim",
             "deepspeed_setup",
             "engine",
+            "pipeline",
             "checkpoint_files",
             "checkpoint_folder",
             "checkpoint_state",
@@ -52,7 +56,11 @@ FORBIDDEN = (
     (("errors",), ("torch", "numpy", "longctx"), "errors are plain Python"),
     (("shapes", "masks", "layout"), ("triton", "torch.distributed", "deepspeed"), "L0 is torch only"),
     (("kernels",), ("torch.distributed", "deepspeed"), "a kernel knows of no other process"),
-    (("parallel.plan", "parallel.schedule"), ("torch.distributed", "deepspeed"), "plans are decided without a GPU"),
+    (
+        ("parallel.plan", "parallel.schedule", "parallel.slices", "parallel.stages"),
+        ("torch.distributed", "deepspeed"),
+        "plans are decided without a GPU",
+    ),
     (
         ("parallel", "flash", "functional", "attention", "rope", "model"),
         ("deepspeed", "wandb"),

@@ -34,6 +34,16 @@ RICH = [
 PLANS = {
     "ring2-zero1-bf16": (2, ["--parallel.ring=2", "--engine.dtype=bf16"], "all"),
     "ring3-zero3-rich": (3, ["--parallel.ring=3", "--engine.zero_stage=3", "--data.seq_len=3k", *RICH], "hop"),
+    "tp2-ring2-zero3-bf16": (
+        4,
+        ["--parallel.tp=2", "--parallel.ring=2", "--engine.zero_stage=3", "--engine.dtype=bf16"],
+        "all",
+    ),
+    "pp2-ulysses2-rich": (
+        4,
+        ["--parallel.pp=2", "--parallel.ulysses=2", "--engine.accumulation_steps=3", *RICH],
+        "labels",
+    ),
     "dp2-ring2-zero1-accumulate2": (4, ["--parallel.ring=2", "--engine.accumulation_steps=2"], "scale"),
 }
 
@@ -42,7 +52,8 @@ PLANS = {
 def test_right_plans_pass_and_mistakes_are_caught(name, capfd):
     """One launch a plan: the right code, then broken twins on the same processes."""
     nproc, settings, mistakes = PLANS[name]
-    twins = tuple(TWINS) if mistakes == "all" else (mistakes,)
+    plan = load_config(None, [*WORDS, *settings]).parallel.resolve(nproc)
+    twins = twins_of(mistakes, plan)
     code = main(["check", "--nproc", str(nproc), *WORDS, *settings, "--broken", mistakes])
     out, err = capfd.readouterr()
     assert code == 0, out
@@ -261,7 +272,9 @@ def test_cuda_without_enough_gpus_is_refused(monkeypatch):
 
 def test_all_means_every_mistake_that_fits():
     assert twins_of("all", ParallelPlan(dp=2)) == ("scale",)
-    assert twins_of("all", ParallelPlan(ring=2, dp=1)) == tuple(TWINS)
+    assert twins_of("all", ParallelPlan(ring=2, tp=2, dp=1)) == tuple(TWINS)
+    with pytest.raises(ConfigError, match="none of the mistakes"):
+        twins_of("all", ParallelPlan(pp=2, dp=1))
 
 
 @pytest.mark.gpu2

@@ -20,7 +20,7 @@ from longctx.errors import DistributedError
 
 # The only registry of live objects in this package. A custom op takes tensors, numbers and strings, so it names its
 # exchange by a handle. Entries go with their meshes.
-_EXCHANGES: WeakValueDictionary[str, RingExchange | HeadExchange] = WeakValueDictionary()
+_EXCHANGES: WeakValueDictionary[str, RingExchange | HeadExchange | TensorExchange] = WeakValueDictionary()
 _handles = itertools.count()
 
 
@@ -268,6 +268,87 @@ def get_head_exchange(handle: str) -> HeadExchange:
     if exchange is None:
         raise _mesh_is_gone("Ulysses", handle)
     assert isinstance(exchange, HeadExchange), f"{handle} is no exchange of heads"
+    return exchange
+
+
+class TensorExchange:
+    """Sums and maxima over the ranks that share matrices.
+
+    Args:
+        group: of the ranks, in tp order; None for one rank alone.
+        prefix: how this rank's messages to the user begin.
+
+    Attributes:
+        handle: names this exchange in a custom op's arguments; empty for one rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, *, prefix: str = "") -> None:
+        self._group = group
+        self._prefix = prefix
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.world = dist.get_world_size(group) if group is not None else 1
+        self.handle = ""
+        if group is not None:
+            self.handle = f"tensor{next(_handles)}"
+            _EXCHANGES[self.handle] = self
+
+    def all_reduce(self, x: torch.Tensor, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+        """Replace x, contiguous and of one shape and dtype on all ranks, by the sum (or maximum) of every rank's; returns it.
+
+        Raises:
+            DistributedError: a rank died, or did not answer in time.
+        """
+        if self._group is not None:
+            try:
+                dist.all_reduce(x, op=op, group=self._group)
+            except RuntimeError as error:
+                raise self._failed(error) from error
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's x, of one shape and dtype on all, in rank order.
+
+        Raises:
+            DistributedError: as `all_reduce`.
+        """
+        if self._group is None:
+            return [x]
+        gathered = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        try:
+            dist.all_gather(gathered, x.contiguous(), group=self._group)
+        except RuntimeError as error:
+            raise self._failed(error) from error
+        return gathered
+
+    def warm_up(self, device: torch.device) -> None:
+        """Add up one number of everyone, so that connections are made now, in the same order on all ranks."""
+        if self._group is None:
+            return
+        heard = float(self.all_reduce(torch.full((1,), float(self.rank), device=device)))
+        if heard != self.world * (self.world - 1) / 2:
+            raise DistributedError(f"{self._prefix} first contact: the tp ranks add up to {heard:g}")
+
+    def _failed(self, error: Exception) -> DistributedError:
+        assert self._group is not None, "one rank alone sends nothing"
+        return DistributedError(
+            f"{self._prefix} a sum over the tp ranks {dist.get_process_group_ranks(self._group)} failed: {error}\n"
+            "       one of them died, hangs, or is at another place of the program: look for the first error among "
+            "all ranks"
+        )
+
+
+def get_tensor_exchange(handle: str) -> TensorExchange:
+    """The exchange of that handle; an empty handle is one rank alone.
+
+    Raises:
+        DistributedError: its mesh is gone.
+    """
+    if not handle:
+        return TensorExchange(None)
+    exchange = _EXCHANGES.get(handle)
+    if exchange is None:
+        raise _mesh_is_gone("tensor", handle)
+    assert isinstance(exchange, TensorExchange), f"{handle} is no exchange of tensor parallelism"
     return exchange
 
 

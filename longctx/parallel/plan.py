@@ -8,6 +8,7 @@ A rank's place follows one rule, with tensor parallelism innermost and pipeline 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,9 +18,6 @@ from longctx.layout import LAYOUTS, SequenceLayout, SequenceMeta, get_layout, ne
 
 # The token spans of a rank that `describe` writes out before it only counts them.
 SHOWN_SPANS = 4
-
-# Degrees that a plan may name but that nothing implements yet, with what they are.
-_NOT_YET = {"pp": "pipeline stages", "tp": "tensor parallelism"}
 
 
 @dataclass(frozen=True)
@@ -42,11 +40,12 @@ class ParallelPlan:
 
     Args:
         dp: replicas that read different samples. None: whatever the world leaves, filled in by `resolve`.
-        pp: pipeline stages.
+        pp: pipeline stages, each a run of the model's layers; micro-batches are what keeps all of them busy.
         ring: processes that share one sequence and pass keys and values round a ring.
         ulysses: processes that share one sequence by exchanging it for heads, around the ring's attention: each ring rank
             is that many processes. Must divide the query heads; key heads are divided, or repeated where they are fewer.
-        tp: processes that share each weight matrix.
+        tp: processes that share each weight matrix; they hold the same tokens. Must divide the query heads, the key heads, the
+            features of the SwiGLU and the vocabulary; Ulysses then divides the heads that are left.
         layout: which positions of a sequence each ring rank holds, by name.
         allow_across_nodes: let the processes of one tp or ulysses group be on several machines, whose network is many times
             slower than what connects the GPUs of one. Refused otherwise.
@@ -102,15 +101,6 @@ class ParallelPlan:
                 found.append(Problem(f"{name} = {degree}: a degree is at least 1", hint or f"{name} 1 leaves it out"))
         if found:
             return found
-        for name, what in _NOT_YET.items():
-            if getattr(self, name) > 1:
-                ring = self.ring * self.ulysses * self.tp * self.pp
-                found.append(
-                    Problem(
-                        f"{name} = {getattr(self, name)}: {what} cannot be used yet",
-                        f"ring {ring} with pp 1, ulysses 1, tp 1 splits the sequence over the same processes",
-                    )
-                )
         if self.layout not in LAYOUTS:
             try:
                 get_layout(self.layout)
@@ -118,14 +108,39 @@ class ParallelPlan:
                 found.append(Problem(str(error)))
         return found
 
-    def check(self, *, num_heads: int, num_kv_heads: int, seq_len: int) -> list[Problem]:
+    def check(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        seq_len: int,
+        num_layers: int | None = None,
+        mlp_size: int | None = None,
+        vocab_size: int | None = None,
+    ) -> list[Problem]:
         """Everything that keeps this plan from training such a model on such sequences; empty if nothing does.
 
         Args:
-            num_heads, num_kv_heads: of the whole model.
+            num_heads, num_kv_heads, num_layers, mlp_size, vocab_size: of the whole model; None: not asked about.
             seq_len: global length S.
         """
         found = self.problems()
+        if num_layers is not None and 1 <= num_layers < self.pp:
+            found.append(
+                Problem(
+                    f"pp {self.pp} has more stages than the model has layers, {num_layers}",
+                    f"each stage needs a layer: pp of at most {num_layers}",
+                )
+            )
+        found += tensor_problems(
+            self.tp,
+            {
+                "num_heads": num_heads,
+                "num_kv_heads": num_kv_heads,
+                "intermediate_size": mlp_size,
+                "vocab_size": vocab_size,
+            },
+        )
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
             found.append(
@@ -134,8 +149,11 @@ class ParallelPlan:
                     f"num_kv_heads may be {', '.join(map(str, divisors))}",
                 )
             )
-        elif min(self.ring, self.ulysses) >= 1:
-            found += ulysses_problems(num_heads, num_kv_heads, ulysses=self.ulysses, ring=self.ring)
+        elif min(self.ring, self.ulysses, self.tp) >= 1 and num_heads % self.tp == num_kv_heads % self.tp == 0:
+            # Ulysses divides the heads that a tp rank has.
+            found += ulysses_problems(
+                num_heads // self.tp, num_kv_heads // self.tp, ulysses=self.ulysses, ring=self.ring, tp=self.tp
+            )
         if min(self.ring, self.ulysses) >= 1 and self.layout in LAYOUTS:
             multiple = shard_multiple(self.sequence_layout, self.ring, self.ulysses)
             if seq_len < 1 or seq_len % multiple:
@@ -231,8 +249,12 @@ class ParallelPlan:
         sp = coords.ring * self.ulysses + coords.ulysses
         return ((coords.pp * self._resolved_dp + coords.dp) * self.sp + sp) * self.tp + coords.tp
 
-    def describe(self, seq_len: int | None = None) -> str:
-        """Who is where, one line a rank; with `seq_len`, also the token positions that each rank holds.
+    def describe(self, seq_len: int | None = None, layers: Sequence[range] | None = None) -> str:
+        """Who is where, one line a rank, and with whom.
+
+        Args:
+            seq_len: with it, also the token positions that each rank holds.
+            layers: of each stage; with it, also the layers that each rank holds.
 
         Raises:
             PlanError: dp is not known yet, or the layout cannot cut `seq_len`.
@@ -252,23 +274,62 @@ class ParallelPlan:
                     ulysses_world=self.ulysses,
                 )
                 line += f"  tokens {_spans(meta.positions)}"
-            lines.append(line)
+            if layers is not None:
+                of_stage = layers[coords.pp]
+                line += f"  layers {of_stage.start}-{of_stage.stop - 1}"
+                line += " and embedding" * (coords.pp == 0) + " and head" * (coords.pp == self.pp - 1)
+            lines.append(line + self._peers(coords))
         return "\n".join(lines)
 
+    def _peers(self, at: Coords) -> str:
+        """The ranks on each axis through `at` that has more than one, as text."""
+        sizes = {"tp": self.tp, "ulysses": self.ulysses, "ring": self.ring, "dp": self._resolved_dp, "pp": self.pp}
+        found = [
+            f"{axis} {','.join(str(self.rank_of(replace(at, **{axis: i}))) for i in range(size))}"
+            for axis, size in sizes.items()
+            if size > 1
+        ]
+        return f"  with {'; '.join(found)}" if found else ""
 
-def ulysses_problems(num_heads: int, num_kv_heads: int, *, ulysses: int, ring: int) -> list[Problem]:
+
+def tensor_problems(tp: int, sizes: dict[str, int | None]) -> list[Problem]:
+    """What keeps `tp` ranks from sharing matrices of such sizes, with what would work.
+
+    Args:
+        sizes: what is divided among the ranks, by name; None: not asked about.
+    """
+    asked = {name: size for name, size in sizes.items() if size is not None and size >= 1}
+    if tp <= 1 or all(size % tp == 0 for size in asked.values()):
+        return []
+    # More heads or another model are seldom a choice, a longer vocabulary is: it needs rows that no token uses.
+    fixed = [size for name, size in asked.items() if name != "vocab_size"]
+    degrees = [t for t in range(1, min(asked.values()) + 1) if all(size % t == 0 for size in fixed)]
+    wrong = [f"{name} {size:_}" for name, size in asked.items() if size % tp]
+    hints = [f"tp of {', '.join(map(str, degrees))} divides the heads and projections"] if tp not in degrees else []
+    if asked.get("vocab_size", 0) % tp:
+        hints.append(f"model.vocab_size {-(-asked['vocab_size'] // tp) * tp:_} is a multiple of {tp}")
+    verb = "is not a multiple" if len(wrong) == 1 else "are no multiples"
+    what = " and ".join([", ".join(wrong[:-1]), wrong[-1]]) if wrong[1:] else wrong[0]
+    return [Problem(f"{what} {verb} of tp {tp}", "; ".join(hints))]
+
+
+def ulysses_problems(num_heads: int, num_kv_heads: int, *, ulysses: int, ring: int, tp: int = 1) -> list[Problem]:
     """What keeps Ulysses of that degree from dividing such heads, with the nearest degrees that would.
 
     Every rank gets as many query heads as the others, and whole key heads that serve just these: query heads must be a
     multiple of the degree, and key heads a multiple of it or a divisor.
+
+    Args:
+        num_heads, num_kv_heads: that each of the `tp` ranks that share the heads has.
     """
     if _heads_divide(num_heads, num_kv_heads, ulysses):
         return []
+    each = f" of each of {tp} tp ranks" if tp > 1 else ""
     if num_heads % ulysses:
-        what = f"num_heads {num_heads} is not a multiple of ulysses {ulysses}"
+        what = f"num_heads {num_heads}{each} is not a multiple of ulysses {ulysses}"
     else:
         what = (
-            f"num_kv_heads {num_kv_heads} and ulysses {ulysses}: neither is a multiple of the other, so ranks would need "
+            f"num_kv_heads {num_kv_heads}{each} and ulysses {ulysses}: neither is a multiple of the other, so ranks would need "
             "different numbers of key heads"
         )
     sp = ring * ulysses

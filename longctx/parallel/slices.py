@@ -155,9 +155,26 @@ def _view(
     return read(first, first + rows * width).view(rows, width).narrow(1, left - within.left, columns)
 
 
+def slice_of(name: str, parameter: nn.Parameter) -> ParameterSlice:
+    """The slice that a parameter, still whole on this process, was made as.
+
+    Args:
+        name: in the whole model.
+    """
+    shape = tuple(parameter.shape)
+    if not hasattr(parameter, "tp_cut"):
+        return ParameterSlice(name, shape)
+    dim, rank, size = parameter.tp_cut
+    full = (*shape[:dim], shape[dim] * size, *shape[dim + 1 :])
+    return ParameterSlice(name, full, dim, rank * shape[dim], shape[dim])
+
+
 def parameter_slices(module: nn.Module) -> dict[str, ParameterSlice]:
     """For each parameter of this rank's module, by its name there, the part of the whole model that it is.
 
-    Call it on the module as it was built, before an engine partitions parameters. A tied parameter appears once.
+    Call it on the module as it was built, before an engine partitions parameters. A tied parameter appears once on each
+    rank. A module of a pipeline stage, whose names are its own, says by `canonical_name(name)` what each is in the whole
+    model.
     """
-    return {name: ParameterSlice(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()}
+    rename = getattr(module, "canonical_name", str)
+    return {name: slice_of(rename(name), parameter) for name, parameter in module.named_parameters()}

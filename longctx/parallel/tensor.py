@@ -1,0 +1,167 @@
+"""Tensor parallelism: each rank of the axis holds a part of every matrix, and all of them hold the same activations.
+
+A pair of matrices is cut so that only sums are exchanged. The first is cut by its outputs (q, k and v by heads, the gate and
+up projections by their features), the second by its inputs (the output and down projections):
+
+    x ──enter── columns ── heads or features of this rank ── rows ──leave── y       the same y on all ranks
+
+    enter     nothing forward; the sum of the gradient over the ranks backward
+    leave     the sum of the ranks' parts forward; nothing backward
+
+The embedding and the output projection are cut by the vocabulary. DeepSpeed has such layers too; these need nothing of it,
+start from the very weights that one process starts from, and let activation checkpointing keep what was sent.
+
+Source: Shoeybi et al. 2019 (arXiv 1909.08053).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from longctx.parallel.exchange import TensorExchange, get_tensor_exchange
+from longctx.parallel.slices import ParameterSlice
+
+if TYPE_CHECKING:
+    from longctx.parallel.mesh import ParallelMesh
+
+
+@torch.library.custom_op(
+    "longctx::sum_over_ranks", mutates_args=(), schema="(Tensor x, str exchange, bool keep) -> Tensor"
+)
+def _sum_over_ranks(x: torch.Tensor, exchange: str, keep: bool) -> torch.Tensor:
+    """The sum of every rank's x, a new tensor of x's dtype. Collective over the `TensorExchange` of that handle.
+
+    Args:
+        keep: activation checkpointing must keep the result, so that nothing is sent a second time.
+    """
+    return get_tensor_exchange(exchange).all_reduce(x.contiguous().clone())
+
+
+@_sum_over_ranks.register_fake
+def _(x, exchange, keep):
+    return x.new_empty(x.shape)
+
+
+SUM_OVER_RANKS_OP = torch.ops.longctx.sum_over_ranks.default
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, exchange: str) -> torch.Tensor:
+        ctx.exchange = exchange
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return SUM_OVER_RANKS_OP(grad, ctx.exchange, False), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, exchange: str, keep: bool) -> torch.Tensor:
+        return SUM_OVER_RANKS_OP(x, exchange, keep)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad, None, None
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """This process's part in the sharing of matrices. With `size` 1 every method gives back what it got.
+
+    Args:
+        rank: on the tp axis.
+        size: ranks of the axis.
+        exchange: handle of their `TensorExchange`.
+    """
+
+    rank: int = 0
+    size: int = 1
+    exchange: str = ""
+
+    @staticmethod
+    def of(mesh: ParallelMesh | None) -> TensorParallel:
+        """The part of the process of `mesh`; without one, everything."""
+        if mesh is None or mesh.tp.size == 1:
+            return TensorParallel()
+        return TensorParallel(mesh.tp.rank, mesh.tp.size, mesh.tensor_exchange.handle)
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """x, the same on all ranks, on its way into this rank's part: its gradient is the sum over the ranks.
+
+        Also for a weight that all ranks hold whole and each applies to its own heads.
+        """
+        return x if self.size == 1 else _Enter.apply(x, self.exchange)
+
+    def leave(self, x: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
+        """The sum of every rank's x, whose gradient is each rank's.
+
+        Args:
+            keep: activation checkpointing is to keep it, because something later in the same layer needs it in backward.
+        """
+        return x if self.size == 1 else _Leave.apply(x, self.exchange, keep)
+
+    def part(self, whole: int) -> int:
+        """How many of `whole` outputs, inputs, heads or tokens of the vocabulary a rank has."""
+        assert whole % self.size == 0, f"{whole} cannot be shared by {self.size} ranks"
+        return whole // self.size
+
+    def cut(self, parameter: nn.Parameter, dim: int) -> nn.Parameter:
+        """Note on a parameter made in its local size that it is this rank's part of one that is cut along `dim`."""
+        if self.size > 1:
+            parameter.tp_cut = (dim, self.rank, self.size)  # type: ignore[attr-defined]
+            # By this name DeepSpeed knows that the gradient norm must count the parameter on every rank of the axis.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        return parameter
+
+
+# One process that shares nothing.
+ALONE = TensorParallel()
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """An embedding of which each rank holds a part of the vocabulary. Uninitialised.
+
+    Args:
+        vocab_size, hidden_size: of the whole table.
+        tensor: who shares it.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, tensor: TensorParallel) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = tensor.part(vocab_size), hidden_size
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.tensor = tensor
+        self.weight = tensor.cut(nn.Parameter(torch.empty(self.num_embeddings, hidden_size)), 0)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int64 "b s", ids of the whole vocabulary -> "b s e"."""
+        if self.tensor.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.tensor.rank * self.num_embeddings
+        is_elsewhere = (local < 0) | (local >= self.num_embeddings)
+        x = F.embedding(local.masked_fill(is_elsewhere, 0), self.weight)
+        # The table of exactly one rank has the token, so the sum rounds nothing.
+        return self.tensor.leave(x.masked_fill(is_elsewhere[..., None], 0.0))
+
+
+def gather_slices(local: torch.Tensor, cut: ParameterSlice, exchange: TensorExchange) -> torch.Tensor:
+    """The whole of which every rank of the tp axis holds its slice; collective. A tensor that is not cut is given back."""
+    return local if cut.dim is None else torch.cat(list(exchange.all_gather(local)), cut.dim)
+
+
+def split_by_cut(parameters: Iterator[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters of which this rank holds a part, and those that every rank of the tp axis holds whole."""
+    cut: list[nn.Parameter] = []
+    whole: list[nn.Parameter] = []
+    for parameter in parameters:
+        (cut if hasattr(parameter, "tp_cut") else whole).append(parameter)
+    return cut, whole
