@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from train_cases import MODEL, full_step
 
@@ -12,13 +13,13 @@ from longctx.checkpoint import TrainState, latest_checkpoint, load_checkpoint
 from longctx.checkpoint_saver import save_checkpoint
 from longctx.checkpoint_state import EngineState
 from longctx.engine import EngineConfig, TrainEngine, build_engine
+from longctx.model import ModelConfig
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parity import shard_step
 from longctx.testing import run_distributed
 
-FINGERPRINT = asdict(MODEL)
 # A large eps: Adam makes rounding in a gradient near zero as large as the gradient.
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, gradient_clipping=0.5, eps=1e-3)
 STEPS, SAVED_AT = 6, 3
@@ -35,10 +36,16 @@ class Place:
     dtype: str = "fp32"
     # Parameters below this size stay whole with ZeRO-3.
     keep: int = 0
+    is_tied: bool = False
 
     @property
-    def world(self) -> int:
-        return self.plan.world_size
+    def processes(self) -> tuple[int, int, int]:
+        """World size, pp and tp: what a process keeps, once DeepSpeed has heard of it."""
+        return self.plan.world_size, self.plan.pp, self.plan.tp
+
+    @property
+    def model(self) -> ModelConfig:
+        return replace(MODEL, tie_embeddings=self.is_tied)
 
     def engine(self) -> TrainEngine:
         mesh = ParallelMesh.create(self.plan, device="cpu")
@@ -50,11 +57,11 @@ class Place:
             kernel="reference",
             zero3_keep_elements=self.keep,
         )
-        return build_engine(MODEL, settings, OPTIM, mesh, total_steps=STEPS)
+        return build_engine(self.model, settings, OPTIM, mesh, total_steps=STEPS)
 
 
-def place(zero: int, dtype: str = "fp32", keep: int = 0, **degrees: int) -> Place:
-    return Place(ParallelPlan(**{"dp": 1} | degrees), zero, dtype, keep)
+def place(zero: int, dtype: str = "fp32", *, keep: int = 0, tied: bool = False, **degrees: int) -> Place:
+    return Place(ParallelPlan(**{"dp": 1} | degrees), zero, dtype, keep, tied)
 
 
 PLACES = {
@@ -71,9 +78,21 @@ PLACES = {
     "dp4-zero2": place(2, dp=4),
     "ring4-zero0": place(0, ring=4),
     "dp2uly2-zero3": place(3, dp=2, ulysses=2, keep=1000),
+    "tp2-zero0": place(0, tp=2),
+    "tp2-zero3": place(3, tp=2),
+    "pp2-zero1": place(1, pp=2),
+    "pp2tp2-zero1": place(1, pp=2, tp=2),
+    "dp2tp2-zero2": place(2, dp=2, tp=2),
+    "ring2tp2-zero1": place(1, ring=2, tp=2),
+    "pp2ring2-zero0": place(0, pp=2, ring=2),
+    "bf16-pp2-zero1": place(1, "bf16", pp=2),
     "bf16-ring2-zero1": place(1, "bf16", ring=2),
     "bf16-one-zero2": place(2, "bf16"),
     "bf16-dp2ring2-zero3": place(3, "bf16", dp=2, ring=2),
+    "tied-one-zero1": place(1, tied=True),
+    "tied-pp2-zero1": place(1, tied=True, pp=2),
+    "tied-pp2tp2-zero1": place(1, tied=True, pp=2, tp=2),
+    "tied-ring2-zero3": place(3, tied=True, ring=2),
 }
 
 
@@ -96,7 +115,8 @@ def straight(rank: int, root: str, names: Sequence[str]) -> dict:
         engine = PLACES[name].engine()
         take_steps(engine, 0, SAVED_AT)
         state = TrainState(step=SAVED_AT, cursor=8 * SAVED_AT)
-        save_checkpoint(Path(root) / name, engine, state, fingerprint=FINGERPRINT, keep=1)
+        fingerprint = asdict(PLACES[name].model)
+        save_checkpoint(Path(root) / name, engine, state, fingerprint=fingerprint, keep=1)
         told[name] = (take_steps(engine, SAVED_AT, STEPS), engine.full_state_dict())
     return told
 
@@ -108,13 +128,13 @@ def moved(rank: int, root: str, moves: Sequence[tuple[str, str, str]]) -> dict:
     """
     told = {}
     for source, target, lost in moves:
-        engine = PLACES[target].engine()
-        state = load_checkpoint(latest_checkpoint(Path(root) / source), engine, FINGERPRINT)
+        engine, fingerprint = PLACES[target].engine(), asdict(PLACES[target].model)
+        state = load_checkpoint(latest_checkpoint(Path(root) / source), engine, fingerprint)
         assert state == TrainState(step=SAVED_AT, cursor=8 * SAVED_AT)
         if lost:
             lose(engine, lost, rank)
         else:
-            save_checkpoint(Path(root) / f"{source}-to-{target}", engine, state, fingerprint=FINGERPRINT, keep=1)
+            save_checkpoint(Path(root) / f"{source}-to-{target}", engine, state, fingerprint=fingerprint, keep=1)
         told[source, target, lost] = (take_steps(engine, SAVED_AT, STEPS), engine.full_state_dict())
     return told
 
@@ -131,14 +151,24 @@ def lose(engine: TrainEngine, lost: str, rank: int) -> None:
     state.publish()
 
 
-def by_world(function, root: Path, work: Iterable, world_of) -> dict:
-    """Run `function(rank, root, share)` once for each number of processes; what rank 0 told of all."""
-    shares: dict[int, list] = {}
+def by_processes(function: Callable, root: Path, work: Iterable, name_of: Callable[[Any], str]) -> dict:
+    """Run `function(rank, root, share)` once for each kind of world; the losses, and the parameters of all ranks, of each item.
+
+    Args:
+        name_of: the place in `PLACES` at which an item is run.
+    """
+    shares: dict[tuple[int, int, int], list] = {}
     for item in work:
-        shares.setdefault(world_of(item), []).append(item)
+        shares.setdefault(PLACES[name_of(item)].processes, []).append(item)
     told: dict = {}
-    for world, share in shares.items():
-        told |= run_distributed(function, str(root), share, world=world, timeout_s=400)[0]
+    for (world, _, _), share in shares.items():
+        ranks = run_distributed(function, str(root), share, world=world, timeout_s=900)
+        for item in share:
+            parameters: dict = {}
+            for of_rank in ranks:
+                # A stage of a pipeline has the parameters of its layers.
+                parameters |= of_rank[item][1]
+            told[item] = (ranks[0][item][0], parameters)
     return told
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from resume_cases import PLACES, by_world, largest_difference, moved, straight
+from resume_cases import PLACES, by_processes, largest_difference, moved, straight
 
 from longctx.checkpoint import latest_checkpoint
 from longctx.checkpoint_folder import read_manifest
@@ -16,17 +16,17 @@ from longctx.checkpoint_state import KINDS
 
 # Of the losses, the norms and the parameters after the resume, where both plans train in fp32.
 SAME = 1e-6
-# A sample of every stage, axis and number of processes; each is left once and come to once.
-CYCLE = ("one-zero0", "ring2-zero1", "uly2-zero3", "bf16-ring2-zero1", "dp2ring2-zero1", "ring2uly2-zero3", "dp2-zero2")
-SAMPLE = [(a, b) for a, b in itertools.pairwise((*CYCLE, CYCLE[0]))]
+# A sample of every stage and axis; each is left once and come to once.
+CYCLE = ("one-zero0", "ring2-zero1", "pp2tp2-zero1", "uly2-zero3", "bf16-ring2-zero1", "tp2-zero3", "dp2-zero2")
+SAMPLE = list(itertools.pairwise((*CYCLE, CYCLE[0])))
 # To whom what is lost must be seen.
 BROKEN = [("dp2-zero2", "one-zero0", lost) for lost in ("exp_avg", "exp_avg_sq", "steps")]
 BROKEN += [("one-zero0", "ring2-zero1", "a rank's weights")]
-ALL = [(a, b) for a, b in itertools.permutations(PLACES, 2) if (a, b) not in SAMPLE]
-
-
-def world_of(name: str) -> int:
-    return PLACES[name].world
+TIED = [name for name in PLACES if PLACES[name].is_tied]
+OTHERS = [name for name in PLACES if not PLACES[name].is_tied]
+# From each to six others that are far apart in the table, and from each with a tied embedding to each.
+ALL = [(name, OTHERS[(i + n) % len(OTHERS)]) for i, name in enumerate(OTHERS) for n in (1, 3, 6, 10, 15, 21)]
+ALL = [pair for pair in ALL if pair not in SAMPLE] + list(itertools.permutations(TIED, 2))
 
 
 class Runs:
@@ -39,9 +39,9 @@ class Runs:
 
     def __init__(self, root: Path, pairs: list[tuple[str, str]], broken: list[tuple[str, str, str]]) -> None:
         self.root = root
-        self.straight = by_world(straight, root, dict.fromkeys(name for pair in pairs for name in pair), world_of)
+        self.straight = by_processes(straight, root, dict.fromkeys(name for pair in pairs for name in pair), str)
         moves = [*((*pair, "") for pair in pairs), *broken]
-        self.moved = by_world(moved, root, moves, lambda move: world_of(move[1]))
+        self.moved = by_processes(moved, root, moves, lambda move: move[1])
 
     def check(self, source: str, target: str) -> None:
         self.check_state(source, target)
