@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+# (name of a part of the model, the part)
+Settle = Callable[[str, nn.Module], None]
+
+
+class _Made(Protocol):
+    def __call__(self, name: str, part: _Module) -> _Module: ...
+
+
 # What activation checkpointing keeps: attention's result, and under Ulysses what came for attention and back from it.
 _KEPT = (RING_ATTENTION_OP, ALL_TO_ALL_OP)
 
@@ -197,6 +205,9 @@ class Transformer(nn.Module):
             Attention and its communication run once.
         fused: liger-kernel's operations: "auto" where they can be had, "on", "off".
         seed: of the initial weights.
+        settle: called with the name and the module of each part (embedding, each layer, last norm, output projection) in this
+            order, as soon as it has its initial weights and before the next one is made: so that the whole model need never
+            be in one memory.
 
     Raises:
         ConfigError: all problems of `config` in one message; `fused="on"` without liger-kernel.
@@ -211,6 +222,7 @@ class Transformer(nn.Module):
         activation_checkpointing: bool = False,
         fused: Fused = "auto",
         seed: int = 0,
+        settle: Settle | None = None,
     ) -> None:
         super().__init__()
         if problems := config.problems():
@@ -218,12 +230,20 @@ class Transformer(nn.Module):
         check_fused(fused)
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.model = _Decoder(config, mesh, kernel, fused)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, fused=fused, tensor=TensorParallel.of(mesh))
+
+        def made(name: str, part: _Module) -> _Module:
+            for of_part, parameter in part.named_parameters():
+                init_parameter(f"{name}.{of_part}", parameter, config, seed)
+            if settle is not None:
+                settle(name, part)
+            return part
+
+        self.model = _Decoder(config, mesh, kernel, fused, made)
+        head = LMHead(config.hidden_size, config.vocab_size, fused=fused, tensor=TensorParallel.of(mesh))
         if config.tie_embeddings:
             # One Parameter in two modules: each module's hooks find it, and the optimizer sees it once.
-            self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
-        self.init_weights(seed)
+            head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
+        self.lm_head = head if config.tie_embeddings else made("lm_head", head)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Sum of the token losses of this shard: fp32 scalar (fp64 for an fp64 model).
@@ -247,11 +267,6 @@ class Transformer(nn.Module):
         check_shapes(tokens=(tokens, "b s"), positions=(meta.positions, "s"))
         check_token_ids(tokens, self.config.vocab_size, what="token")
         return self.model(tokens, meta, self.activation_checkpointing and torch.is_grad_enabled())
-
-    def init_weights(self, seed: int) -> None:
-        """Set every parameter to its initial value, from `seed` and its own name; see `init_parameter`."""
-        for name, parameter in self.named_parameters():
-            init_parameter(name, parameter, self.config, seed)
 
 
 @torch.no_grad()
@@ -282,12 +297,15 @@ def init_parameter(name: str, parameter: nn.Parameter, config: ModelConfig, seed
 
 
 class _Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
+    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused, made: _Made) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = VocabularyEmbedding(config.vocab_size, config.hidden_size, TensorParallel.of(mesh))
-        self.layers = nn.ModuleList(DecoderLayer(config, mesh, kernel, fused) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
+        table = VocabularyEmbedding(config.vocab_size, config.hidden_size, TensorParallel.of(mesh))
+        self.embed_tokens = made("model.embed_tokens", table)
+        self.layers = nn.ModuleList(
+            made(f"model.layers.{i}", DecoderLayer(config, mesh, kernel, fused)) for i in range(config.num_layers)
+        )
+        self.norm = made("model.norm", RMSNorm(config.hidden_size, config.norm_eps, fused=fused))
 
     def forward(self, tokens: torch.Tensor, meta: SequenceMeta, recompute: bool) -> torch.Tensor:
         return self.norm(run_layers(self.layers, self.embed_tokens(tokens), meta, self.config, recompute=recompute))
@@ -390,10 +408,10 @@ class RMSNorm(nn.Module):
 
 def _linear(size_in: int, size_out: int, tensor: TensorParallel, *, cut: int, bias: bool = False) -> nn.Linear:
     """A projection in this rank's size: a part of its outputs (cut 0) or of its inputs (cut 1, without a bias)."""
-    made = _uninitialised(nn.Linear, size_in, size_out, bias=bias)
-    for parameter in made.parameters():
+    linear = _uninitialised(nn.Linear, size_in, size_out, bias=bias)
+    for parameter in linear.parameters():
         tensor.cut(parameter, cut)
-    return made
+    return linear
 
 
 def _uninitialised(cls: type[_Module], *args: object, **kwargs: object) -> _Module:
