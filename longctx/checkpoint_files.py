@@ -95,6 +95,10 @@ class Files:
     def is_decoupled(self) -> bool:
         return False
 
+    def preserves_storage_sharing(self) -> bool:
+        """Views are written with all of what they are views of, so DeepSpeed copies them before."""
+        return True
+
 
 class _Checksummed:
     """A binary stream that counts and sums up what passes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -174,21 +174,31 @@ class ModelConfig:
             num_params=self.num_layers * per_layer + embeddings + e,
         )
 
+    @property
+    def _layer_params(self) -> int:
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return (self.shape.num_params - embeddings - self.hidden_size) // self.num_layers
+
     def stages(self, pp: int, seq_len: int) -> tuple[range, ...]:
         """The decoder layers of each of `pp` pipeline stages, so that their FLOPs of a step are as even as can be.
 
         Args:
             seq_len: tokens of a sequence; attention is counted as of one causal document. 0: without attention.
         """
-        shape = self.shape
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        per_layer = (shape.num_params - embeddings - self.hidden_size) / self.num_layers
         seen = seq_len if self.sliding_window is None else min(seq_len, 2 * self.sliding_window)
         # Forward and backward, a token: 6 for each weight, and for each pair of a query with the half of the keys it sees
         # 12 for each element of a head. An embedding is looked up.
         attention = 12 * self.num_heads * self.head_size * seen / 2
-        costs = StageCosts(layer=6 * per_layer + attention, last=6 * self.vocab_size * self.hidden_size)
+        costs = StageCosts(layer=6 * self._layer_params + attention, last=6 * self.vocab_size * self.hidden_size)
         return cut_stages(self.num_layers, pp, costs)
+
+    def stage_params(self, stages: Sequence[range]) -> list[int]:
+        """Parameters of each stage; a tied embedding is held by the first and, if that is another, the last."""
+        table = self.vocab_size * self.hidden_size
+        found = [len(layers) * self._layer_params for layers in stages]
+        found[0] += table
+        found[-1] += self.hidden_size + (0 if self.tie_embeddings and len(stages) == 1 else table)
+        return found
 
 
 class Transformer(nn.Module):
