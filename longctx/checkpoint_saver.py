@@ -55,8 +55,8 @@ def save_checkpoint(
 class Saver:
     """Saves the checkpoints of a run, beside the training if asked to.
 
-    In the background, `save` copies this process's part of the state to the host's memory (12 bytes for each of its
-    parameters, kept for the next time) and returns; a thread writes it. There is never more than one save at a time: the
+    In the background, `save` copies this process's part of the state to the host's memory (over all processes
+    12 bytes for each parameter, kept for the next time) and returns; a thread writes it. There is never more than one save at a time: the
     next one waits. A process that ends meanwhile leaves the earlier checkpoints as they were.
 
     Args:

@@ -8,6 +8,8 @@ global, so a process can hold engines over one set of processes only.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from longctx.errors import DistributedError
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from longctx.engine import EngineConfig
     from longctx.optim import OptimConfig
     from longctx.parallel.mesh import ParallelMesh
+
+log = logging.getLogger(__name__)
 
 # Elements per communication bucket of ZeRO: 200 MB in fp32. DeepSpeed's default, 5e8, holds 2 GB beside the model.
 BUCKET_ELEMENTS = 50_000_000
@@ -55,6 +60,13 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, *, dtype: str, gr
             "grad_partitioned": False,
         },
     }
+    if engine.offload != "none":
+        zero = config["zero_optimization"]
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        # Our AdamW, and not DeepSpeed's, which a C++ compiler would make at the start.
+        config["zero_force_ds_cpu_optimizer"] = False
+        if engine.offload == "all":
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     if dtype == "bf16":
         # A step whose gradient is not finite is left out instead of applied, as the fp32 optimizers do anyway.
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
@@ -134,6 +146,26 @@ def import_deepspeed(device: torch.device) -> Any:
             f"       set the environment variable DS_ACCELERATOR={device.type}, or unset it, before deepspeed is imported"
         )
     return deepspeed
+
+
+def partition(deepspeed: Any, part: nn.Module, settings: dict[str, Any], world: FoldedWorld) -> None:
+    """Give each process its share of the parameters of a part of the model, as ZeRO-3 does when an engine is made.
+
+    Args:
+        part: on the CPU, the same on every process of `world`.
+        settings: `deepspeed_config`.
+    """
+    # DeepSpeed casts a model in its engine, but not one that is partitioned already.
+    part.to(torch.bfloat16 if "bf16" in settings else torch.float32)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+        deepspeed.zero.Init(
+            module=part,
+            data_parallel_group=world.get_data_parallel_group(),
+            config_dict_or_path=settings,
+            mpu=world,
+        )
+    log.debug("deepspeed.zero.Init: %s", printed.getvalue())
 
 
 def check_one_world(deepspeed: Any, mesh: ParallelMesh) -> None:

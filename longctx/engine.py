@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from longctx.deepspeed_setup import FoldedWorld, check_one_world, deepspeed_config, import_deepspeed
+from longctx.deepspeed_setup import FoldedWorld, check_one_world, deepspeed_config, import_deepspeed, partition
 from longctx.errors import (
     ConfigError,
     DataError,
@@ -56,6 +56,8 @@ class EngineConfig:
         kernel: attention kernel; "auto" takes the fastest that can do the work.
         fused: fused norms, RoPE, SwiGLU and loss: "auto" where they are installed and there is a GPU, "on", "off".
         zero3_keep_elements: with ZeRO-3, parameters of fewer elements stay whole on every process.
+        offload: what lies in the host's memory and is fetched when it is needed: "optimizer" its state, which the CPU then
+            updates (ZeRO 1 to 3); "all" the partitioned parameters as well (ZeRO 3).
     """
 
     zero_stage: int = 1
@@ -66,6 +68,7 @@ class EngineConfig:
     kernel: str = "auto"
     fused: Literal["auto", "on", "off"] = "auto"
     zero3_keep_elements: int = 100_000
+    offload: Literal["none", "optimizer", "all"] = "none"
 
     def resolved_dtype(self, device_type: str) -> str:
         """ "fp32" or "bf16"."""
@@ -78,6 +81,7 @@ class EngineConfig:
             ("zero_stage", (0, 1, 2, 3)),
             ("dtype", ("auto", "fp32", "bf16")),
             ("fused", ("auto", "on", "off")),
+            ("offload", ("none", "optimizer", "all")),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -105,6 +109,15 @@ class EngineConfig:
                     "engine.zero_stage 1 does the same arithmetic rightly, also on one process; or engine.dtype fp32",
                 )
             )
+        least_stage = {"optimizer": 1, "all": 3}.get(self.offload, 0)
+        if self.zero_stage < least_stage:
+            found.append(
+                Problem(
+                    f"engine.offload {self.offload} with engine.zero_stage {self.zero_stage}: DeepSpeed moves to the host what "
+                    "ZeRO has partitioned",
+                    f"engine.zero_stage {least_stage}" + ", or engine.offload optimizer" * (0 < self.zero_stage < 3),
+                )
+            )
         return found
 
     def plan_problems(self, plan: ParallelPlan) -> list[Problem]:
@@ -116,6 +129,14 @@ class EngineConfig:
                     f"engine.zero_stage {self.zero_stage} with pp {plan.pp}: a stage's gradients are needed whole until its "
                     "last micro-batch, so DeepSpeed has no ZeRO 2 or 3 with a pipeline",
                     f"engine.zero_stage 1, or pp 1 with ring {plan.ring * plan.pp}",
+                )
+            )
+        if plan.pp > 1 and self.offload != "none":
+            found.append(
+                Problem(
+                    f"engine.offload {self.offload} with pp {plan.pp}: DeepSpeed then accumulates bf16 gradients where its "
+                    "pipeline does not look for those of a tied embedding, which come out wrong",
+                    "engine.offload none, or pp 1",
                 )
             )
         if plan.tp > 1 and self.fused == "on":
@@ -163,13 +184,15 @@ class TrainEngine:
     """A model under DeepSpeed, trained step by step.
 
     Every process makes it with the same weights (process 0's are broadcast) and calls each method together with all
-    others. With ZeRO-3 the parameters are partitioned here, so each process holds the whole model once, at the start.
+    others. With ZeRO-3 the parameters are partitioned here, unless they came so: `build_engine` partitions each layer as soon as
+    it is made.
 
     Args:
         model: `model(batch)` gives the sum of the shard's token losses, an fp32 scalar.
         mesh: of this process; `torch.distributed` must be initialised, also for one process.
         engine_config, optim_config: the settings.
         total_steps: where the learning rate's cosine ends.
+        world: what DeepSpeed has been told of the processes, where a part of the model was given to it before.
 
     Raises:
         ConfigError: the settings have problems.
@@ -184,6 +207,7 @@ class TrainEngine:
         optim_config: OptimConfig,
         *,
         total_steps: int,
+        world: FoldedWorld | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise DistributedError(
@@ -199,7 +223,6 @@ class TrainEngine:
             raise ConfigError(format_problems("the engine's settings", problems))
         deepspeed = import_deepspeed(mesh.device)
         check_one_world(deepspeed, mesh)
-        # As they were made: DeepSpeed may partition parameters or leave them empty.
         self.slices = parameter_slices(model)
         groups = parameter_groups(model, optim_config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=optim_config.lr, **self._adamw_settings())
@@ -209,7 +232,7 @@ class TrainEngine:
                 model=model,
                 optimizer=optimizer,
                 config=deepspeed_config(engine_config, optim_config, dtype=self.dtype, grad_world=self.grad_world),
-                mpu=self._groups(),
+                mpu=self._groups(world),
                 dist_init_required=False,
             )
         log.debug("deepspeed.initialize: %s", printed.getvalue())
@@ -250,9 +273,9 @@ class TrainEngine:
             )
         return self._mean_loss(step, self._forward_backward(micro_batches), first)
 
-    def _groups(self) -> Any:
+    def _groups(self, world: FoldedWorld | None) -> Any:
         """What DeepSpeed asks for its process groups."""
-        return FoldedWorld(self.mesh)
+        return world or FoldedWorld(self.mesh)
 
     def _forward_backward(self, micro_batches: Sequence[ShardedBatch]) -> torch.Tensor:
         """All micro-batches; [sum of the losses, targets] of this process in float64."""
@@ -365,7 +388,9 @@ class TrainEngine:
         return state
 
     def _adamw_settings(self) -> dict[str, Any]:
-        return {"betas": tuple(self.optim.betas), "eps": self.optim.eps, "fused": self.mesh.device.type == "cuda"}
+        # torch has a fused AdamW for CPUs too: for an optimizer on the host, the one that is not slow.
+        fused = self.mesh.device.type == "cuda" or self.config.offload != "none"
+        return {"betas": tuple(self.optim.betas), "eps": self.optim.eps, "fused": fused}
 
     def _gather(self, local: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
         """`local` [n] of every process that holds other tokens or layers: [processes, n], the same everywhere; their ranks."""
@@ -426,31 +451,45 @@ def build_engine(
     total_steps: int,
     seed: int = 0,
     seq_len: int = 0,
-    load: Callable[[nn.Module], None] | None = None,
+    load: Callable[[nn.Module, str], None] | None = None,
 ) -> TrainEngine:
     """A new `Transformer`, or its stage of a pipeline, in a `TrainEngine`; its weights those of `seed`, or what `load` makes
     of them.
 
     Args:
         seq_len: tokens of a sequence: a pipeline's stages are cut by what they compute, attention included. 0: leave it out.
-        load: sets the parameters of the model, which is whole and on the CPU then; the same on every process. bf16 training
-            rounds fp32 weights and works on from the rounded ones.
+        load: `load(part, prefix)` sets the parameters of a part of the model, which is on the CPU then; the same on every
+            process. `prefix` is what their names begin with in the whole model: empty for all of it, which it is given but
+            with ZeRO-3. bf16 training rounds fp32 weights and works on from the rounded ones.
     """
     from longctx.model import Transformer
 
     made: dict[str, Any] = {"kernel": engine_config.kernel, "fused": engine_config.fused, "seed": seed}
     made["activation_checkpointing"] = engine_config.activation_checkpointing
-    engine_class: type[TrainEngine] = TrainEngine
-    model: nn.Module
     if mesh.pp.size > 1:
         # DeepSpeed must know its device before anything of it is imported.
         check_one_world(import_deepspeed(mesh.device), mesh)
         from longctx.pipeline import PipelineTrainEngine, PipelineTransformer
 
-        engine_class = PipelineTrainEngine
-        model = PipelineTransformer(model_config, mesh, model_config.stages(mesh.pp.size, seq_len), **made)
-    else:
+        stage = PipelineTransformer(model_config, mesh, model_config.stages(mesh.pp.size, seq_len), **made)
+        if load is not None:
+            load(stage, "")
+        return PipelineTrainEngine(stage, mesh, engine_config, optim_config, total_steps=total_steps)
+    if engine_config.zero_stage < 3:
         model = Transformer(model_config, mesh=mesh, **made)
-    if load is not None:
-        load(model)
-    return engine_class(model, mesh, engine_config, optim_config, total_steps=total_steps)
+        if load is not None:
+            load(model, "")
+        return TrainEngine(model, mesh, engine_config, optim_config, total_steps=total_steps)
+    deepspeed = import_deepspeed(mesh.device)
+    check_one_world(deepspeed, mesh)
+    world = FoldedWorld(mesh)
+    dtype = engine_config.resolved_dtype(mesh.device.type)
+    settings = deepspeed_config(engine_config, optim_config, dtype=dtype, grad_world=len(mesh.grad.ranks))
+
+    def settle(name: str, part: nn.Module) -> None:
+        if load is not None:
+            load(part, f"{name}.")
+        partition(deepspeed, part, settings, world)
+
+    model = Transformer(model_config, mesh=mesh, settle=settle, **made)
+    return TrainEngine(model, mesh, engine_config, optim_config, total_steps=total_steps, world=world)

@@ -9,12 +9,13 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 
 from longctx import __version__
-from longctx.kernels import get_kernel, kernel_names
+from longctx.kernels import Direction, get_kernel, kernel_names
 from longctx.kernels.fused import liger_missing
 from longctx.results import git_commit, version
 
@@ -87,7 +88,17 @@ def _kernels(device: torch.device) -> list[str]:
             refused: dict[str, list[str]] = {}
             cases = [(dim, kind) for dim in HEAD_DIMS for kind in KINDS]
             for dim, kind in cases:
-                reason = kernel.supports(device=device, dtype=dtype, head_dim=dim, kind=kind)
+                forward, backward = (
+                    kernel.supports(device=device, dtype=dtype, head_dim=dim, kind=kind, direction=direction)
+                    for direction in get_args(Direction)
+                )
+                reason = (
+                    forward
+                    if forward == backward
+                    else f"no forward: {forward}"
+                    if forward
+                    else f"no backward: {backward}"
+                )
                 if reason:
                     refused.setdefault(reason, []).append(f"{dim} {kind}")
             label = f"{name} {str(dtype).removeprefix('torch.')}"

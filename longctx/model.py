@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+# (name of a part of the model, the part)
+Settle = Callable[[str, nn.Module], None]
+
+
+class _Made(Protocol):
+    def __call__(self, name: str, part: _Module) -> _Module: ...
+
 
 # What activation checkpointing keeps: attention's result, and under Ulysses what came for attention and back from it.
 _KEPT = (RING_ATTENTION_OP, ALL_TO_ALL_OP)
@@ -166,21 +174,31 @@ class ModelConfig:
             num_params=self.num_layers * per_layer + embeddings + e,
         )
 
+    @property
+    def _layer_params(self) -> int:
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return (self.shape.num_params - embeddings - self.hidden_size) // self.num_layers
+
     def stages(self, pp: int, seq_len: int) -> tuple[range, ...]:
         """The decoder layers of each of `pp` pipeline stages, so that their FLOPs of a step are as even as can be.
 
         Args:
             seq_len: tokens of a sequence; attention is counted as of one causal document. 0: without attention.
         """
-        shape = self.shape
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        per_layer = (shape.num_params - embeddings - self.hidden_size) / self.num_layers
         seen = seq_len if self.sliding_window is None else min(seq_len, 2 * self.sliding_window)
         # Forward and backward, a token: 6 for each weight, and for each pair of a query with the half of the keys it sees
         # 12 for each element of a head. An embedding is looked up.
         attention = 12 * self.num_heads * self.head_size * seen / 2
-        costs = StageCosts(layer=6 * per_layer + attention, last=6 * self.vocab_size * self.hidden_size)
+        costs = StageCosts(layer=6 * self._layer_params + attention, last=6 * self.vocab_size * self.hidden_size)
         return cut_stages(self.num_layers, pp, costs)
+
+    def stage_params(self, stages: Sequence[range]) -> list[int]:
+        """Parameters of each stage; a tied embedding is held by the first and, if that is another, the last."""
+        table = self.vocab_size * self.hidden_size
+        found = [len(layers) * self._layer_params for layers in stages]
+        found[0] += table
+        found[-1] += self.hidden_size + (0 if self.tie_embeddings and len(stages) == 1 else table)
+        return found
 
 
 class Transformer(nn.Module):
@@ -197,6 +215,9 @@ class Transformer(nn.Module):
             Attention and its communication run once.
         fused: liger-kernel's operations: "auto" where they can be had, "on", "off".
         seed: of the initial weights.
+        settle: called with the name and the module of each part (embedding, each layer, last norm, output projection) in this
+            order, as soon as it has its initial weights and before the next one is made: so that the whole model need never
+            be in one memory.
 
     Raises:
         ConfigError: all problems of `config` in one message; `fused="on"` without liger-kernel.
@@ -211,6 +232,7 @@ class Transformer(nn.Module):
         activation_checkpointing: bool = False,
         fused: Fused = "auto",
         seed: int = 0,
+        settle: Settle | None = None,
     ) -> None:
         super().__init__()
         if problems := config.problems():
@@ -218,12 +240,20 @@ class Transformer(nn.Module):
         check_fused(fused)
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.model = _Decoder(config, mesh, kernel, fused)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, fused=fused, tensor=TensorParallel.of(mesh))
+
+        def made(name: str, part: _Module) -> _Module:
+            for of_part, parameter in part.named_parameters():
+                init_parameter(f"{name}.{of_part}", parameter, config, seed)
+            if settle is not None:
+                settle(name, part)
+            return part
+
+        self.model = _Decoder(config, mesh, kernel, fused, made)
+        head = LMHead(config.hidden_size, config.vocab_size, fused=fused, tensor=TensorParallel.of(mesh))
         if config.tie_embeddings:
             # One Parameter in two modules: each module's hooks find it, and the optimizer sees it once.
-            self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
-        self.init_weights(seed)
+            head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
+        self.lm_head = head if config.tie_embeddings else made("lm_head", head)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Sum of the token losses of this shard: fp32 scalar (fp64 for an fp64 model).
@@ -247,11 +277,6 @@ class Transformer(nn.Module):
         check_shapes(tokens=(tokens, "b s"), positions=(meta.positions, "s"))
         check_token_ids(tokens, self.config.vocab_size, what="token")
         return self.model(tokens, meta, self.activation_checkpointing and torch.is_grad_enabled())
-
-    def init_weights(self, seed: int) -> None:
-        """Set every parameter to its initial value, from `seed` and its own name; see `init_parameter`."""
-        for name, parameter in self.named_parameters():
-            init_parameter(name, parameter, self.config, seed)
 
 
 @torch.no_grad()
@@ -282,12 +307,15 @@ def init_parameter(name: str, parameter: nn.Parameter, config: ModelConfig, seed
 
 
 class _Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
+    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused, made: _Made) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = VocabularyEmbedding(config.vocab_size, config.hidden_size, TensorParallel.of(mesh))
-        self.layers = nn.ModuleList(DecoderLayer(config, mesh, kernel, fused) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
+        table = VocabularyEmbedding(config.vocab_size, config.hidden_size, TensorParallel.of(mesh))
+        self.embed_tokens = made("model.embed_tokens", table)
+        self.layers = nn.ModuleList(
+            made(f"model.layers.{i}", DecoderLayer(config, mesh, kernel, fused)) for i in range(config.num_layers)
+        )
+        self.norm = made("model.norm", RMSNorm(config.hidden_size, config.norm_eps, fused=fused))
 
     def forward(self, tokens: torch.Tensor, meta: SequenceMeta, recompute: bool) -> torch.Tensor:
         return self.norm(run_layers(self.layers, self.embed_tokens(tokens), meta, self.config, recompute=recompute))
@@ -390,10 +418,10 @@ class RMSNorm(nn.Module):
 
 def _linear(size_in: int, size_out: int, tensor: TensorParallel, *, cut: int, bias: bool = False) -> nn.Linear:
     """A projection in this rank's size: a part of its outputs (cut 0) or of its inputs (cut 1, without a bias)."""
-    made = _uninitialised(nn.Linear, size_in, size_out, bias=bias)
-    for parameter in made.parameters():
+    linear = _uninitialised(nn.Linear, size_in, size_out, bias=bias)
+    for parameter in linear.parameters():
         tensor.cut(parameter, cut)
-    return made
+    return linear
 
 
 def _uninitialised(cls: type[_Module], *args: object, **kwargs: object) -> _Module:

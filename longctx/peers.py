@@ -9,13 +9,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longctx.kernels import BlockAttention, block_kind, get_kernel, row_delta, state_dtype
+from longctx.kernels import Direction, SoftmaxState, block_kind, get_kernel, row_delta, state_dtype
 from longctx.layout import Contiguous
 from longctx.masks import AttentionMask, Causal, Documents, Full, KeyRange, SlidingWindow
 
@@ -138,42 +139,43 @@ class Ours(Contender):
 
     def prepare(self, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Prepared:
         kernel, key_range = get_kernel(self.name), case.key_range
-        reason = kernel.supports(device=q.device, dtype=q.dtype, head_dim=case.head_dim, kind=block_kind(key_range))
-        if reason:
-            raise Unavailable(reason)
-        state = kernel.forward(q, k, v, key_range, scale=case.scale)
+        kind = block_kind(key_range)
+        for direction in get_args(Direction):
+            reason = kernel.supports(
+                device=q.device, dtype=q.dtype, head_dim=case.head_dim, kind=kind, direction=direction
+            )
+            if reason:
+                raise Unavailable(f"{direction}: {reason}")
+
+        def forward() -> SoftmaxState:
+            return kernel.forward(q, k, v, key_range, scale=case.scale, final=True)
+
+        state = forward()
         out = state.out.to(q.dtype)
         delta = row_delta(out, dout)
-        sums = _accumulators(q, k, v)
 
-        def block_backward(delta: torch.Tensor, sums: Gradients) -> None:
+        def block_backward(delta: torch.Tensor, dq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            dk, dv = torch.empty_like(k), torch.empty_like(v)
             kernel.backward(
                 dout, q, k, v, state.lse, delta, key_range,
-                scale=case.scale, out=out, dq_acc=sums[0], dk_acc=sums[1], dv_acc=sums[2],
+                scale=case.scale, out=out, dq_acc=dq, dk_acc=dk, dv_acc=dv, fresh=True,
             )  # fmt: skip
+            return dk, dv
+
+        def zeros() -> torch.Tensor:
+            return torch.zeros(q.shape, dtype=state_dtype(q.dtype), device=q.device)
 
         def backward() -> Gradients:
-            sums = _accumulators(q, k, v)
-            block_backward(row_delta(out, dout), sums)
-            return sums[0].to(q.dtype), sums[1].to(q.dtype), sums[2].to(q.dtype)
+            dq = zeros()
+            dk, dv = block_backward(row_delta(out, dout), dq)
+            return dq.to(q.dtype), dk, dv
 
+        dq = zeros()
         return Prepared(
-            forward=lambda: _forward(kernel, case, q, k, v, key_range),
+            forward=lambda: forward().out.to(q.dtype),
             backward=backward,
-            parts={
-                "block forward": lambda: kernel.forward(q, k, v, key_range, scale=case.scale),
-                "block backward": lambda: block_backward(delta, sums),
-            },
+            parts={"block forward": forward, "block backward": lambda: block_backward(delta, dq)},
         )
-
-
-def _forward(kernel: BlockAttention, case: Case, q, k, v, key_range: KeyRange) -> torch.Tensor:
-    return kernel.forward(q, k, v, key_range, scale=case.scale).out.to(q.dtype)
-
-
-def _accumulators(*like: torch.Tensor) -> Gradients:
-    dq, dk, dv = (torch.zeros(x.shape, dtype=state_dtype(x.dtype), device=x.device) for x in like)
-    return dq, dk, dv
 
 
 class _Autograd(Contender):

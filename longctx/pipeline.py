@@ -175,7 +175,7 @@ class _Passes(TrainSchedule):
 class PipelineTrainEngine(TrainEngine):
     """A `TrainEngine` whose model is a stage of a pipeline. Micro-batches are the accumulation steps."""
 
-    def _groups(self) -> None:
+    def _groups(self, world: Any) -> None:
         # DeepSpeed takes the grid of the PipelineModule.
         return None
 

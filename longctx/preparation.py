@@ -46,17 +46,19 @@ def dry_run(config: Config, launch: Launch, *, world_size: int | None = None) ->
         dataset, loader = open_data(config, plan, place.rank, torch.device("cpu"))
     shape = config.model.shape
     dtype = config.engine.resolved_dtype(device.type)
-    held = _state_bytes(shape.num_params, config.engine.zero_stage, dtype, plan.grad_world)
+    stages = config.model.stages(plan.pp, config.data.seq_len)
+    largest = max(config.model.stage_params(stages)) // plan.tp
+    held = _state_bytes(largest, config.engine.zero_stage, dtype, plan.grad_world)
     lines = [
         config.dump().rstrip(),
         "",
-        f"plan      {plan.describe(config.data.seq_len)}",
+        f"plan      {plan.describe(config.data.seq_len, stages)}",
         f"data      {dataset.describe()}",
         f"step      {_step_line(config, plan, loader)}",
         *(f"batch {i}   {_batch_line(batch)}" for i, batch in enumerate(loader.step(0))),
         f"model     {shape.num_params:_} parameters, {dtype}",
         *_weights_lines(config, weights),
-        f"memory    about {in_bytes(held)} on each rank for parameters, gradients and optimizer (ZeRO "
+        f"memory    about {in_bytes(held)} on {'each rank' if plan.pp == 1 else 'a rank of the largest stage'} for parameters, gradients and optimizer (ZeRO "
         f"{config.engine.zero_stage} over {plan.grad_world}); activations come on top",
     ]
     return "\n".join(lines)

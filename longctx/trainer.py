@@ -61,8 +61,8 @@ class TrainConfig:
         run_dir: metrics, checkpoints and wandb's files go here; shared by all machines.
         save_every: steps between checkpoints; there is always one at the end. 0: only that.
         keep: checkpoints that are kept.
-        async_save: write checkpoints beside the training, from a copy in the host's memory: 12 bytes for each parameter,
-            shared among the processes as `engine.zero_stage` says.
+        async_save: write checkpoints beside the training, from a copy in the host's memory: 12 bytes for each parameter of the
+            model, over all processes together.
         resume: "auto": the newest complete checkpoint of `run_dir`, if there is one; "never": from the start; or a path.
         timeout_s: a rank that dies or hangs ends the run within this time.
         device: "auto": CUDA where there is a GPU, else the CPU.

@@ -81,8 +81,11 @@ class WeightsFolder:
             shown = problems[:_LIST_AT_MOST] + ([Problem(f"and {len(more)} more like these")] if more else [])
             raise CheckpointError(format_problems(f"the weights in {self.path}", shown))
 
-    def load_into(self, model: nn.Module) -> None:
+    def load_into(self, model: nn.Module, prefix: str = "") -> None:
         """Copy every parameter into `model`, of any float dtype, one after the other; files are mapped, not read whole.
+
+        Args:
+            prefix: what its parameters' names begin with in the whole model, such as "model.layers.3."; `model` is that part.
 
         Of a parameter that is cut over tp ranks, or a model that is one stage of a pipeline, only this rank's part is read.
 
@@ -90,12 +93,12 @@ class WeightsFolder:
             CheckpointError: a file changed meanwhile.
         """
         parameters = dict(model.named_parameters())
-        wanted = {part.name: (part, parameters[name]) for name, part in parameter_slices(model).items()}
+        wanted = {prefix + part.name: (part, parameters[name]) for name, part in parameter_slices(model).items()}
         for file in sorted(set(self._file_of.values())):
             with self._reading(file) as tensors, torch.no_grad():
                 for name in (n for n, f in self._file_of.items() if f == file and n in wanted):
                     part, parameter = wanted[name]
-                    parameter.copy_(_read(tensors, part))
+                    parameter.copy_(_read(tensors, name, part))
 
     def fits(self, config: ModelConfig) -> list[str]:
         """What of `config` is meant to differ: how positions turn and how far attention sees; a line for each.
@@ -183,12 +186,11 @@ class WeightsFolder:
         return [Problem(what, "set it to false there, or remove lm_head.weight")]
 
 
-def _read(tensors: Any, part: ParameterSlice) -> torch.Tensor:
-    """A part of a tensor in an open safetensors file."""
+def _read(tensors: Any, name: str, part: ParameterSlice) -> torch.Tensor:
+    """A part of the tensor of that name in an open safetensors file."""
     if part.dim is None:
-        return tensors.get_tensor(part.name)
-    rows = slice(part.start, part.start + part.length)
-    return tensors.get_slice(part.name)[(slice(None),) * part.dim + (rows,)]
+        return tensors.get_tensor(name)
+    return tensors.get_slice(name)[(slice(None),) * part.dim + (slice(part.start, part.start + part.length),)]
 
 
 def export(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +42,8 @@ class PlanCase:
     tied: bool = False
     recompute: bool = False
     rich: bool = False
+    offload: str = "none"
+    dtype: str = "fp32"
     layers: int = 3
     steps: int = STEPS
 
@@ -62,6 +65,7 @@ class PlanCase:
         degrees = [f"{axis}{n}" for axis in ("dp", "pp", "ring", "ulysses", "tp") if (n := getattr(self, axis)) > 1]
         words = [f"zero{self.zero}", f"accumulate{self.accumulation}"]
         words += [name for name in ("tied", "recompute", "rich") if getattr(self, name)]
+        words += [f"offload_{self.offload}"] * (self.offload != "none") + [self.dtype] * (self.dtype != "fp32")
         return "-".join((degrees or ["one"]) + words)
 
 
@@ -73,7 +77,8 @@ def train_plans(rank: int, cases: list[PlanCase]) -> dict[str, dict[str, float]]
 def errors(case: PlanCase) -> dict[str, float]:
     settings = EngineConfig(
         zero_stage=case.zero,
-        dtype="fp32",
+        dtype=case.dtype,
+        offload=case.offload,
         micro_batch_size=2,
         accumulation_steps=case.accumulation,
         activation_checkpointing=case.recompute,
@@ -116,8 +121,13 @@ def train_beside_one_process(
         note("loss", result.loss, loss)
         note("grad_norm", result.grad_norm, norm)
     note("evaluated", evaluated, reference_backward(reference.model, steps[0]))
+    # A key's bias has next to no gradient: all of a layer's biases are one vector.
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for name, parameter in reference.model.named_parameters():
-        found[name] = relative_error(state.pop(name), parameter.detach())
+        together = re.sub(r"[qkv]_proj\.bias", "biases", name)
+        pairs.setdefault(together, []).append((state.pop(name).flatten(), parameter.detach().flatten()))
+    for name, of_name in pairs.items():
+        found[name] = relative_error(*(torch.cat(tensors) for tensors in zip(*of_name, strict=True)))
     assert not state, f"the engine has more parameters: {list(state)}"
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 

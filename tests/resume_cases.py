@@ -37,6 +37,7 @@ class Place:
     # Parameters below this size stay whole with ZeRO-3.
     keep: int = 0
     is_tied: bool = False
+    offload: str = "none"
 
     @property
     def processes(self) -> tuple[int, int, int]:
@@ -56,6 +57,7 @@ class Place:
             accumulation_steps=MICRO_BATCHES // self.plan.dp,
             kernel="reference",
             zero3_keep_elements=self.keep,
+            offload=self.offload,
         )
         return build_engine(self.model, settings, OPTIM, mesh, total_steps=STEPS)
 
@@ -85,6 +87,8 @@ PLACES = {
     "dp2tp2-zero2": place(2, dp=2, tp=2),
     "ring2tp2-zero1": place(1, ring=2, tp=2),
     "pp2ring2-zero0": place(0, pp=2, ring=2),
+    "ring2-zero2-offload": replace(place(2, ring=2), offload="optimizer"),
+    "uly2-zero3-offload": replace(place(3, ulysses=2), offload="all"),
     "bf16-pp2-zero1": place(1, "bf16", pp=2),
     "bf16-ring2-zero1": place(1, "bf16", ring=2),
     "bf16-one-zero2": place(2, "bf16"),

@@ -18,7 +18,7 @@ from train_cases import MODEL, full_step
 
 from longctx import checkpoint_saver
 from longctx.checkpoint import TrainState, check_checkpoint, latest_checkpoint, load_checkpoint
-from longctx.checkpoint_files import WrittenFile
+from longctx.checkpoint_files import WrittenFile, rng_state, set_rng_state
 from longctx.checkpoint_folder import complete, prune
 from longctx.checkpoint_saver import save_checkpoint
 from longctx.engine import EngineConfig, build_engine
@@ -163,6 +163,21 @@ def test_ring_and_dp_may_be_exchanged_and_settings_changed(straight, again, run)
     assert same(straight[0][run]["saved"], told["saved"])
     assert told["groups"] == [((0.5, 0.6), 1e-3, 0.7), ((0.5, 0.6), 1e-3, 0.0)]
     assert told["clip"] == (None if run.endswith("zero0") else 0.25)
+
+
+def test_processes_without_a_counterpart_get_random_numbers_of_their_own():
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    state = rng_state(torch.device("cpu"))
+    draws = []
+    for branch in (0, 1, 2, 1):
+        set_rng_state(json.loads(json.dumps(state)), torch.device("cpu"), branch=branch)
+        draws.append(draw())
+    assert draws[1] == draws[3]
+    assert all(len({of_branch[i] for of_branch in draws}) == 3 for i in range(3))
+    random.seed(1)
+    assert draws[0][0] == random.random(), "the first goes on as if nothing had been"
 
 
 # ---- what a folder says of itself

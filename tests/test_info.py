@@ -29,13 +29,16 @@ def test_a_kernel_has_a_yes_or_its_own_reason(name, dtype):
     kernel = get_kernel(name)
     for dim in info.HEAD_DIMS:
         for kind in info.KINDS:
-            reason = kernel.supports(device=torch.device("cpu"), dtype=dtype, head_dim=dim, kind=kind)
-            assert reason is None or reason in text
+            for direction in ("forward", "backward"):
+                reason = kernel.supports(
+                    device=torch.device("cpu"), dtype=dtype, head_dim=dim, kind=kind, direction=direction
+                )
+                assert reason is None or reason in text
 
 
 def test_a_kernel_that_does_some_says_which_it_refuses(monkeypatch):
     class Partly:
-        def supports(self, *, device, dtype, head_dim, kind):
+        def supports(self, *, device, dtype, head_dim, kind, direction):
             if dtype == torch.float32:
                 return "no float32"
             return "too wide" if head_dim == 256 else None

@@ -12,7 +12,7 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -21,6 +21,8 @@ from longctx.masks import UNBOUNDED, KeyRange
 from longctx.shapes import check_shapes
 
 log = logging.getLogger(__name__)
+
+Direction = Literal["forward", "backward"]
 
 
 @dataclass
@@ -57,11 +59,18 @@ class BlockAttention(Protocol):
     name: str
 
     def supports(
-        self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str, softcap: float = 0.0
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        kind: str,
+        softcap: float = 0.0,
+        direction: Direction = "forward",
     ) -> str | None:
         """None if this kernel can do such a block, else the reason why not, as a sentence for a log.
 
-        `kind` is what `block_kind` says of the key range.
+        `kind` is what `block_kind` says of the key range. A kernel may do one direction and not the other.
         """
 
     def forward(
@@ -74,11 +83,14 @@ class BlockAttention(Protocol):
         scale: float,
         softcap: float = 0.0,
         state: SoftmaxState | None = None,
+        final: bool = False,
     ) -> SoftmaxState:
         """Attend to one more block of keys.
 
         Args:
             state: what earlier blocks left; updated in place and returned. None: start.
+            final: no block follows, so the `out` of what is returned may be in q's dtype, and that of `state` be left as it was:
+                a write, a read and a cast less.
 
         Source: Dao 2023 (arXiv 2307.08691), algorithm 1; Milakov and Gimelshein 2018 (arXiv 1805.02867).
         """
@@ -99,14 +111,17 @@ class BlockAttention(Protocol):
         dq_acc: torch.Tensor,
         dk_acc: torch.Tensor,
         dv_acc: torch.Tensor,
+        fresh: bool = False,
     ) -> None:
-        """Add this block's gradients to `dq_acc`, `dk_acc`, `dv_acc` (fp32, shaped like q, k, v, contiguous).
+        """Add this block's gradients to `dq_acc`, `dk_acc`, `dv_acc` (fp32, shaped like q, k, v; unit last strides).
 
         Args:
             lse: "b h sq", of the whole row over all blocks. Rows with -inf contribute nothing.
             delta: "b h sq", `row_delta(out, dout)` of the whole row.
             out: "b sq h d" in q's dtype, the final output of the whole row: what `delta` was made of. Backends that
                 compute their own delta (cuDNN) need it; ours use `delta`.
+            fresh: `dk_acc` and `dv_acc` hold nothing yet: every element is written, in their dtype (fp32 or k's), 0 for keys
+                that no row sees. `dq_acc` is added to all the same.
 
         Source: Dao 2023 (arXiv 2307.08691), algorithm 2.
         """
@@ -138,13 +153,15 @@ def get_kernel(name: str) -> BlockAttention:
     return getattr(importlib.import_module(module), cls)()
 
 
-def select_kernel(name: str, q: torch.Tensor, key_range: KeyRange, softcap: float = 0.0) -> BlockAttention:
+def select_kernel(
+    name: str, q: torch.Tensor, key_range: KeyRange, softcap: float = 0.0, direction: Direction = "forward"
+) -> BlockAttention:
     """The kernel for one block: the one named, or with "auto" the first that supports the block. The choice is logged once.
 
     Raises:
         KernelError: the named kernel does not support the block (with its reason), or none does.
     """
-    return _select(name, q.device, q.dtype, q.shape[-1], block_kind(key_range), softcap)
+    return _select(name, q.device, q.dtype, q.shape[-1], block_kind(key_range), softcap, direction)
 
 
 def block_kind(key_range: KeyRange) -> str:
@@ -161,17 +178,26 @@ def block_kind(key_range: KeyRange) -> str:
 
 @cache
 def _select(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str, softcap: float
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    kind: str,
+    softcap: float,
+    direction: Direction,
 ) -> BlockAttention:
     capped = f", softcap {softcap:g}" if softcap else ""
     refused: list[str] = []
     for candidate in _KERNELS if name == "auto" else (name,):
         kernel = get_kernel(candidate)
-        reason = kernel.supports(device=device, dtype=dtype, head_dim=head_dim, kind=kind, softcap=softcap)
+        reason = kernel.supports(
+            device=device, dtype=dtype, head_dim=head_dim, kind=kind, softcap=softcap, direction=direction
+        )
         if reason is None:
             why = f" ({'; '.join(refused)})" if refused else ""
             log.info(
-                "attention kernel for %s %s head dim %d, %s%s: %s%s",
+                "attention kernel for %s on %s %s head dim %d, %s%s: %s%s",
+                direction,
                 device.type,
                 dtype,
                 head_dim,
@@ -183,9 +209,16 @@ def _select(
             return kernel
         refused.append(f"{candidate}: {reason}")
     raise KernelError(
-        f"no attention kernel for {dtype} with head dim {head_dim} on {device.type}, key range {kind!r}{capped}\n  "
+        f"no attention kernel {direction} for {dtype} with head dim {head_dim} on {device.type}, key range {kind!r}{capped}\n  "
         + "\n  ".join(refused)
     )
+
+
+def begin_fresh(acc: torch.Tensor, keys: slice) -> torch.Tensor:
+    """The part of a fresh accumulator ("b sk hk d") that a block of `keys` writes; the keys around it are set to 0."""
+    acc[:, : keys.start].zero_()
+    acc[:, keys.stop :].zero_()
+    return acc[:, keys]
 
 
 def check_softcap(softcap: float) -> float:

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from longctx.errors import KernelError
-from longctx.kernels import SoftmaxState, check_block, get_kernel
+from longctx.kernels import Direction, SoftmaxState, begin_fresh, check_block, get_kernel
 from longctx.kernels.merge import merge_block
 from longctx.masks import KeyRange
 
@@ -36,7 +36,14 @@ class CudnnAttention:
     name = "cudnn"
 
     def supports(
-        self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str, softcap: float = 0.0
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        kind: str,
+        softcap: float = 0.0,
+        direction: Direction = "forward",
     ) -> str | None:
         if device.type != "cuda" or torch.version.hip is not None:
             return "needs an NVIDIA GPU"
@@ -66,6 +73,7 @@ class CudnnAttention:
         scale: float,
         softcap: float = 0.0,
         state: SoftmaxState | None = None,
+        final: bool = False,
     ) -> SoftmaxState:
         check_block(q, k, v)
         _refuse_softcap(softcap)
@@ -79,7 +87,8 @@ class CudnnAttention:
                 continue
             out, lse = _forward(*part, is_causal, scale)
             if state is None and out.shape == q.shape:
-                state = SoftmaxState(out.to(torch.float32, memory_format=torch.contiguous_format), lse)
+                out = out.to(q.dtype if final else torch.float32, memory_format=torch.contiguous_format)
+                state = SoftmaxState(out, lse)
                 continue
             state = SoftmaxState.empty_like(q) if state is None else state
             merge_block(SoftmaxState(state.out[:, rows], state.lse[:, :, rows]), out, lse)
@@ -101,22 +110,33 @@ class CudnnAttention:
         dq_acc: torch.Tensor,
         dk_acc: torch.Tensor,
         dv_acc: torch.Tensor,
+        fresh: bool = False,
     ) -> None:
         check_block(q, k, v, dout=dout, out=out)
         _refuse_softcap(softcap)
-        for rows, keys, is_causal in _parts(key_range, q, k):
+        parts = list(_parts(key_range, q, k))
+        if fresh and not parts:
+            dk_acc.zero_()
+            dv_acc.zero_()
+        for i, (rows, keys, is_causal) in enumerate(parts):
             part = dout[:, rows], q[:, rows], k[:, keys], v[:, keys]
-            into = dq_acc[:, rows], dk_acc[:, keys], dv_acc[:, keys]
+            is_first = fresh and i == 0
+            dk_part, dv_part = (begin_fresh(acc, keys) if is_first else acc[:, keys] for acc in (dk_acc, dv_acc))
             if _too_short(*part[1:3]):
                 visible = KeyRange.causal() if is_causal else KeyRange.full()
                 get_kernel("triton").backward(
                     *part, lse[:, :, rows], delta[:, :, rows], visible, scale=scale, out=out[:, rows],
-                    dq_acc=into[0], dk_acc=into[1], dv_acc=into[2],
+                    dq_acc=dq_acc[:, rows], dk_acc=dk_part, dv_acc=dv_part, fresh=is_first,
                 )  # fmt: skip
                 continue
+            dq, dk, dv = _backward(*part, out[:, rows], lse[:, :, rows], is_causal, scale)
             # One pass each, without an fp32 copy of the gradient.
-            for acc, grad in zip(into, _backward(*part, out[:, rows], lse[:, :, rows], is_causal, scale), strict=True):
-                acc.add_(grad)
+            dq_acc[:, rows].add_(dq)
+            for acc, grad in ((dk_part, dk), (dv_part, dv)):
+                if is_first:
+                    acc.copy_(grad)
+                else:
+                    acc.add_(grad)
 
 
 def _refuse_softcap(softcap: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from longctx.kernels import SoftmaxState, check_block, state_dtype
+from longctx.kernels import Direction, SoftmaxState, check_block, state_dtype
 from longctx.masks import KeyRange
 
 # Rows of q per step: bounds the scores held at once to b * h * ROWS * sk, and lets intervals be skipped.
@@ -17,7 +17,14 @@ class ReferenceAttention:
     name = "reference"
 
     def supports(
-        self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str, softcap: float = 0.0
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        kind: str,
+        softcap: float = 0.0,
+        direction: Direction = "forward",
     ) -> str | None:
         return None if dtype.is_floating_point else f"{dtype} is not a floating type"
 
@@ -31,6 +38,7 @@ class ReferenceAttention:
         scale: float,
         softcap: float = 0.0,
         state: SoftmaxState | None = None,
+        final: bool = False,
     ) -> SoftmaxState:
         check_block(q, k, v)
         state = SoftmaxState.empty_like(q) if state is None else state
@@ -64,8 +72,18 @@ class ReferenceAttention:
         dq_acc: torch.Tensor,
         dk_acc: torch.Tensor,
         dv_acc: torch.Tensor,
+        fresh: bool = False,
     ) -> None:
         check_block(q, k, v, dout=dout)
+        if fresh:
+            into = [torch.zeros(x.shape, dtype=state_dtype(k.dtype), device=k.device) for x in (dk_acc, dv_acc)]
+            self.backward(
+                dout, q, k, v, lse, delta, key_range,
+                scale=scale, softcap=softcap, out=out, dq_acc=dq_acc, dk_acc=into[0], dv_acc=into[1],
+            )  # fmt: skip
+            dk_acc.copy_(into[0])
+            dv_acc.copy_(into[1])
+            return
         hk = k.shape[2]
         # exp(s - inf) = 0: a row that saw nothing contributes nothing.
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))

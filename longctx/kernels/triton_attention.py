@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from longctx.errors import KernelError
-from longctx.kernels import SoftmaxState, check_block, check_softcap
+from longctx.kernels import Direction, SoftmaxState, begin_fresh, check_block, check_softcap
 from longctx.kernels.tiles import INTERPRETING, can_describe, padded
 from longctx.kernels.triton_backward import launch_dkdv, launch_dq, prepare_rows
 from longctx.kernels.triton_forward import launch_forward
@@ -33,7 +33,14 @@ class TritonAttention:
     name: str = "triton"
 
     def supports(
-        self, *, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str, softcap: float = 0.0
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        kind: str,
+        softcap: float = 0.0,
+        direction: Direction = "forward",
     ) -> str | None:
         if device.type == "cpu" and not INTERPRETING:
             return "on a CPU it runs only in Triton's interpreter: set TRITON_INTERPRET=1 before starting Python"
@@ -59,6 +66,7 @@ class TritonAttention:
         scale: float,
         softcap: float = 0.0,
         state: SoftmaxState | None = None,
+        final: bool = False,
     ) -> SoftmaxState:
         check_block(q, k, v)
         _check_scale(scale)
@@ -76,7 +84,7 @@ class TritonAttention:
         tiles = self._tiles(q)
         with _on(q):
             return launch_forward(
-                q, k, v, key_range, scale=scale, softcap=softcap, state=state,
+                q, k, v, key_range, scale=scale, softcap=softcap, state=state, final=final,
                 tile=tiles.forward, use_descriptor=tiles.forward.use_descriptor and can_describe(q, k, v),
             )  # fmt: skip
 
@@ -96,25 +104,30 @@ class TritonAttention:
         dq_acc: torch.Tensor,
         dk_acc: torch.Tensor,
         dv_acc: torch.Tensor,
+        fresh: bool = False,
     ) -> None:
         check_block(q, k, v, dout=dout)
         _check_scale(scale)
         check_softcap(softcap)
         if _nothing_to_do(q, k, key_range):
+            if fresh:
+                dk_acc.zero_()
+                dv_acc.zero_()
             return
         if piece := key_range.rectangle:
             key_range.bounds(q.shape[1], k.shape[1])  # refuses intervals of other lengths
             rows, keys = slice(*piece[:2]), slice(*piece[2:])
+            dk_part, dv_part = (begin_fresh(acc, keys) if fresh else acc[:, keys] for acc in (dk_acc, dv_acc))
             self.backward(
                 dout[:, rows], q[:, rows], k[:, keys], v[:, keys], lse[:, :, rows], delta[:, :, rows], KeyRange.full(),
                 scale=scale, softcap=softcap, out=out[:, rows],
-                dq_acc=dq_acc[:, rows], dk_acc=dk_acc[:, keys], dv_acc=dv_acc[:, keys],
+                dq_acc=dq_acc[:, rows], dk_acc=dk_part, dv_acc=dv_part, fresh=fresh,
             )  # fmt: skip
             return
         with _on(q):
             lse2, delta2 = prepare_rows(lse, delta)
         block = (dout, q, k, v, lse2, delta2, key_range)
-        self.add_dkdv(*block, scale=scale, softcap=softcap, dk_acc=dk_acc, dv_acc=dv_acc)
+        self.add_dkdv(*block, scale=scale, softcap=softcap, dk_acc=dk_acc, dv_acc=dv_acc, fresh=fresh)
         self.add_dq(*block, scale=scale, softcap=softcap, dq_acc=dq_acc)
 
     def add_dq(
@@ -130,7 +143,20 @@ class TritonAttention:
             )  # fmt: skip
 
     def add_dkdv(
-        self, dout, q, k, v, lse2, delta2, key_range, *, scale: float, softcap: float = 0.0, dk_acc, dv_acc
+        self,
+        dout,
+        q,
+        k,
+        v,
+        lse2,
+        delta2,
+        key_range,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        dk_acc,
+        dv_acc,
+        fresh: bool = False,
     ) -> None:
         """The half of `backward` that adds dk and dv; likewise."""
         tile = self._tiles(q).dkdv
@@ -138,7 +164,7 @@ class TritonAttention:
         with _on(q):
             launch_dkdv(
                 dout, q, k, v, lse2, delta2, key_range, scale=scale, softcap=softcap, dk_acc=dk_acc, dv_acc=dv_acc,
-                tile=tile, use_descriptor=describe,
+                fresh=fresh, tile=tile, use_descriptor=describe,
             )  # fmt: skip
 
     def _tiles(self, q: torch.Tensor) -> Tiles:

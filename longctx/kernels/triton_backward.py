@@ -67,12 +67,14 @@ def _load_rows(src, start, ROWS: tl.constexpr, USE_DESCRIPTOR: tl.constexpr):
 
 
 @triton.jit
-def _add_to(ptr, row, end, stride_s, value, D: tl.constexpr, D_PAD: tl.constexpr):
-    """ptr[row, :] += value, [rows, D_PAD], for rows < end."""
+def _add_to(ptr, row, end, stride_s, value, D: tl.constexpr, D_PAD: tl.constexpr, FRESH: tl.constexpr):
+    """ptr[row, :] += value, [rows, D_PAD], for rows < end; or = value where there is nothing yet."""
     col = tl.arange(0, D_PAD)
     ptrs = ptr + row.to(tl.int64)[:, None] * stride_s + col[None, :]
     ok = (row < end)[:, None] & (col < D)[None, :]
-    tl.store(ptrs, tl.load(ptrs, mask=ok, other=0.0) + value, mask=ok)
+    if not FRESH:
+        value += tl.load(ptrs, mask=ok, other=0.0)
+    tl.store(ptrs, value, mask=ok)
 
 
 @triton.jit
@@ -166,7 +168,7 @@ def _backward_dq_kernel(
             D, D_PAD, BLOCK_N, True, HAS_LO, not EVEN_N, USE_DESCRIPTOR, UPCAST, SOFTCAP,
         )  # fmt: skip
     dq_base = DQ + batch.to(tl.int64) * stride_dqb + head.to(tl.int64) * stride_dqh
-    _add_to(dq_base, row, sq, stride_dqs, dq * scale, D, D_PAD)
+    _add_to(dq_base, row, sq, stride_dqs, dq * scale, D, D_PAD, False)
 
 
 @triton.jit
@@ -219,7 +221,7 @@ def _backward_dkdv_kernel(
     stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KIND: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, EVEN_M: tl.constexpr,
-    USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
+    FRESH: tl.constexpr, USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     # Ascending: the first keys of a causal block are seen by the most rows, and long programs should start first.
     pid = tl.program_id(0)
@@ -230,7 +232,7 @@ def _backward_dkdv_kernel(
 
     col = n0 + tl.arange(0, BLOCK_N)
     col_lo, col_hi, first, end, full_lo, full_hi = row_intervals(LO, HI, stride_lo, batch, n0, sk, sq, KIND, BLOCK_N)
-    if KIND != "full":  # noqa: SIM102 - the first test is made by the compiler, the second by the GPU
+    if KIND != "full" and not FRESH:  # noqa: SIM102 - the first test is made by the compiler, the second by the GPU
         if first >= end:
             return
     # The tile that reaches past the last row needs no mask (lse is +inf there), so it counts as a whole one.
@@ -270,8 +272,8 @@ def _backward_dkdv_kernel(
             )  # fmt: skip
     dk_base = DK + batch.to(tl.int64) * stride_dkb + kv_head.to(tl.int64) * stride_dkh
     dv_base = DV + batch.to(tl.int64) * stride_dvb + kv_head.to(tl.int64) * stride_dvh
-    _add_to(dv_base, col, sk, stride_dvs, dv, D, D_PAD)
-    _add_to(dk_base, col, sk, stride_dks, dk * scale, D, D_PAD)
+    _add_to(dv_base, col, sk, stride_dvs, dv, D, D_PAD, FRESH)
+    _add_to(dk_base, col, sk, stride_dks, dk * scale, D, D_PAD, FRESH)
 
 
 # Rows are padded to this, a multiple of every BLOCK_M.
@@ -353,6 +355,7 @@ def launch_dkdv(
     softcap: float,
     dk_acc: torch.Tensor,
     dv_acc: torch.Tensor,
+    fresh: bool,
     tile: Tile,
     use_descriptor: bool,
 ) -> None:
@@ -383,6 +386,7 @@ def launch_dkdv(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         EVEN_M=sq % tile.block_m == 0,
+        FRESH=fresh,
         USE_DESCRIPTOR=use_descriptor,
         UPCAST=INTERPRETING and q.dtype == torch.bfloat16,
         SOFTCAP=float(softcap),

@@ -90,7 +90,8 @@ def _forward_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_xb, stride_xs, stride_xh, stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    KIND: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, CARRY: tl.constexpr, EVEN_N: tl.constexpr,
+    KIND: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, CARRY: tl.constexpr, FINAL: tl.constexpr,
+    EVEN_N: tl.constexpr,
     USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     # Row blocks of one head run side by side, so that its K and V are read from L2; the longest causal ones start first.
@@ -105,7 +106,7 @@ def _forward_kernel(
     row_ok = row < sq
     row_lo, row_hi, first, end, full_lo, full_hi = row_intervals(LO, HI, stride_lo, batch, m0, sq, sk, KIND, BLOCK_M)
     # Nothing to add: the state stays as it is.
-    if CARRY and KIND != "full":  # noqa: SIM102 - the first test is made by the compiler, the second by the GPU
+    if CARRY and not FINAL and KIND != "full":  # noqa: SIM102 - the first test is made by the compiler, the second by the GPU
         if first >= end:
             return
     start, a, b = cut_tiles(first, end, full_lo, full_hi, BLOCK_N, False)
@@ -117,7 +118,7 @@ def _forward_kernel(
         m = tl.load(lse_ptrs, mask=row_ok, other=float("-inf")) * 1.4426950408889634
         # The state is normalised: its sum is 1 beside a maximum of lse.
         l = tl.where(m == float("-inf"), 0.0, 1.0)
-        # OLD is OUT, passed twice: were these the addresses stored to below, they would occupy registers during the loops.
+        # OLD may be OUT, passed twice: were these the addresses stored to below, they would occupy registers in the loops.
         acc = tl.load(_tile_ptrs(OLD, batch, head, row, col, stride_xb, stride_xs, stride_xh), mask=out_ok, other=0.0)
     else:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -162,37 +163,43 @@ def launch_forward(
     scale: float,
     softcap: float,
     state: SoftmaxState | None,
+    final: bool,
     tile: Tile,
     use_descriptor: bool,
 ) -> SoftmaxState:
     """Launch the forward on a block that is not empty; see `BlockAttention.forward`."""
     b, sq, h, d = q.shape
     sk, hk = k.shape[1:3]
-    carry = state is not None
-    if state is None:
-        out = torch.empty(b, sq, h, d, dtype=torch.float32, device=q.device)
-        state = SoftmaxState(out, torch.empty(b, h, sq, dtype=torch.float32, device=q.device))
+    # The interpreter truncates fp32 to bf16 where a GPU rounds.
+    final = final and not (INTERPRETING and q.dtype == torch.bfloat16)
+    if state is None or final:
+        out = torch.empty(b, sq, h, d, dtype=q.dtype if final else torch.float32, device=q.device)
+    else:
+        out = state.out
+    lse = state.lse if state is not None else torch.empty(b, h, sq, dtype=torch.float32, device=q.device)
+    old = state.out if state is not None else out
     d_pad = padded(d)
     _forward_kernel[(triton.cdiv(sq, tile.block_m) * h * b,)](
         as_operand(q, tile.block_m, d_pad, use_descriptor),
         as_operand(k, tile.block_n, d_pad, use_descriptor),
         as_operand(v, tile.block_n, d_pad, use_descriptor),
-        state.out,
-        state.out,
-        state.lse,
+        old,
+        out,
+        lse,
         qk_scale=scale * LOG2_E,
         sq=sq,
         sk=sk,
         num_heads=h,
         group=h // hk,
-        **stride_args(q=q, k=k, v=v, x=state.out, o=state.out),
-        stride_lb=state.lse.stride(0),
-        stride_lh=state.lse.stride(1),
+        **stride_args(q=q, k=k, v=v, x=old, o=out),
+        stride_lb=lse.stride(0),
+        stride_lh=lse.stride(1),
         D=d,
         D_PAD=d_pad,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        CARRY=carry,
+        CARRY=state is not None,
+        FINAL=final,
         EVEN_N=sk % tile.block_n == 0,
         USE_DESCRIPTOR=use_descriptor,
         UPCAST=INTERPRETING and q.dtype == torch.bfloat16,
@@ -200,4 +207,4 @@ def launch_forward(
         **row_interval_args(key_range, sq, sk, q.device),
         **tile.options(),
     )
-    return state
+    return SoftmaxState(out, lse)

@@ -68,6 +68,8 @@ def _ring_attention(
     message = torch.stack((k, v)) if len(todo) > 1 else k.new_empty(0)
     held = torch.empty_like(message)
     block = (k, v)
+    # The sinks join in fp32 what the last block leaves.
+    last = max((i for i, chosen in enumerate(kernels) if chosen is not None), default=0) if sinks is None else -1
     state: SoftmaxState | None = None
     for i, (distance, key_range) in enumerate(todo):
         flying = None
@@ -77,7 +79,7 @@ def _ring_attention(
             flying = ring.rotate(message, gap, purpose="kv", what=f"forward, K/V for hop {i + 1}", into=into)
         chosen = kernels[i]
         if chosen is not None:
-            state = chosen.forward(q, *block, key_range, scale=scale, softcap=softcap, state=state)
+            state = chosen.forward(q, *block, key_range, scale=scale, softcap=softcap, state=state, final=i == last)
         if flying is not None:
             message = flying.wait()
             block = (message[0], message[1])
@@ -143,6 +145,7 @@ def _ring_attention_backward(
             dq_acc=dq,
             dk_acc=dk_acc,
             dv_acc=dv_acc,
+            fresh=True,
         )
 
     for i in range(len(todo) - 1, 0, -1):
@@ -152,7 +155,7 @@ def _ring_attention_backward(
             coming = ring.rotate(message, back, purpose="kv", what=f"backward, K/V for hop {i - 1}")
         grads = None
         if kernels[i] is not None:
-            grads = _accumulator(message)
+            grads = torch.empty(message.shape, dtype=state_dtype(k.dtype), device=k.device)
             attend(i, message[0], message[1], grads[0], grads[1])
         if riding is not None:
             # What later hops found for this block flew here while this hop was computed.
@@ -164,9 +167,14 @@ def _ring_attention_backward(
         riding = ring.rotate(wire, back, purpose="grads", what=f"backward, dK/dV after hop {i}")
         if coming is not None:
             message = coming.wait()
-    dk, dv = _accumulator(k), _accumulator(v)
+    # What is the only block's is rounded once, by its kernel.
+    dtype = k.dtype if riding is None else state_dtype(k.dtype)
+    dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     if kernels[0] is not None:
         attend(0, k, v, dk, dv)
+    else:
+        dk.zero_()
+        dv.zero_()
     if riding is not None:
         arrived = riding.wait()
         dk += arrived[0]
@@ -220,7 +228,7 @@ def _accumulator(like: Tensor) -> Tensor:
 
 def _backward_kernel(name: str, q: Tensor, key_range: KeyRange, softcap: float, dlse: Tensor | None) -> BlockAttention:
     """The kernel for one block's backward. A gradient of lse reaches the scores through delta alone."""
-    chosen = select_kernel(name, q, key_range, softcap)
+    chosen = select_kernel(name, q, key_range, softcap, "backward")
     if dlse is None or chosen.name not in _OWN_DELTA:
         return chosen
     if name != "auto":
@@ -229,7 +237,7 @@ def _backward_kernel(name: str, q: Tensor, key_range: KeyRange, softcap: float, 
     for other in kernel_names():
         if other not in _OWN_DELTA:
             try:
-                return select_kernel(other, q, key_range, softcap)
+                return select_kernel(other, q, key_range, softcap, "backward")
             except KernelError as error:
                 refused.append(str(error))
     raise KernelError("no attention kernel has a gradient for lse here\n" + "\n".join(refused))

@@ -156,12 +156,13 @@ def _view(
 
 
 def slice_of(name: str, parameter: nn.Parameter) -> ParameterSlice:
-    """The slice that a parameter, still whole on this process, was made as.
+    """The slice that a parameter was made as.
 
     Args:
         name: in the whole model.
     """
-    shape = tuple(parameter.shape)
+    # ZeRO-3 empties parameters and notes their shapes.
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if not hasattr(parameter, "tp_cut"):
         return ParameterSlice(name, shape)
     dim, rank, size = parameter.tp_cut
@@ -172,8 +173,7 @@ def slice_of(name: str, parameter: nn.Parameter) -> ParameterSlice:
 def parameter_slices(module: nn.Module) -> dict[str, ParameterSlice]:
     """For each parameter of this rank's module, by its name there, the part of the whole model that it is.
 
-    Call it on the module as it was built, before an engine partitions parameters. A tied parameter appears once on each
-    rank. A module of a pipeline stage, whose names are its own, says by `canonical_name(name)` what each is in the whole
+    A tied parameter appears once on each rank. A module of a pipeline stage, whose names are its own, says by `canonical_name(name)` what each is in the whole
     model.
     """
     rename = getattr(module, "canonical_name", str)

@@ -207,6 +207,37 @@ def run(
     return {"out": state.out, "lse": state.lse, **{n: t - 0.5 for n, t in into.items()}}
 
 
+def check_last_and_only(case: Case, device: str = "cpu") -> None:
+    """`final` and `fresh` give what the general path gives, rounded once, in memory that held something else.
+
+    Raises:
+        AssertionError: they differ by more than an ulp of the inputs' dtype.
+    """
+    kernel, inputs, scale = kernel_of(case), make_inputs(case, device), case.head_dim**-0.5
+    key_range = VISIBLE[case.visible](case.batch, case.sq, case.sk)
+    block = inputs.q, inputs.k, inputs.v
+    close = {"rtol": 2 * torch.finfo(inputs.q.dtype).eps, "atol": 1e-6}
+    before = kernel.forward(*block, KeyRange.causal(), scale=scale)
+    with poisoned():
+        for seen in (None, before):
+            carried = [None if seen is None else SoftmaxState(seen.out.clone(), seen.lse.clone()) for _ in range(2)]
+            usual = kernel.forward(*block, key_range, scale=scale, state=carried[0])
+            last = kernel.forward(*block, key_range, scale=scale, state=carried[1], final=True)
+            assert last.out.dtype in (inputs.q.dtype, usual.out.dtype)
+            torch.testing.assert_close(last.out.to(inputs.q.dtype), usual.out.to(inputs.q.dtype), **close)
+            torch.testing.assert_close(last.lse, usual.lse, rtol=1e-6, atol=1e-6)
+        out = usual.out.to(inputs.q.dtype)
+        rest = (inputs.dout, *block, usual.lse, row_delta(out, inputs.dout), key_range)
+        zeros = [torch.zeros(x.shape, dtype=state_dtype(x.dtype), device=device) for x in block]
+        names = ("dq_acc", "dk_acc", "dv_acc")
+        kernel.backward(*rest, scale=scale, out=out, **dict(zip(names, zeros, strict=True)))
+        for dtype in (state_dtype(inputs.q.dtype), inputs.q.dtype):
+            into = [torch.zeros_like(zeros[0]), *(torch.empty(x.shape, dtype=dtype, device=device) for x in block[1:])]
+            kernel.backward(*rest, scale=scale, out=out, **dict(zip(names, into, strict=True)), fresh=True)
+            for name, found, expected in zip(names, into, zeros, strict=True):
+                torch.testing.assert_close(found, expected.to(found.dtype), **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
 # What any order of the same operations may be off, in units of eps times the largest true value.
 FLOOR_ULPS = 2.0
 

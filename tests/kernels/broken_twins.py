@@ -12,7 +12,7 @@ from longctx.masks import KeyRange
 class ForgetsToRescale(ReferenceAttention):
     """Adds a block's output to the carried one without scaling either to the common sum."""
 
-    def forward(self, q, k, v, key_range, *, scale, state=None):
+    def forward(self, q, k, v, key_range, *, scale, state=None, **_):
         block = super().forward(q, k, v, key_range, scale=scale)
         if state is None:
             return block
@@ -24,7 +24,7 @@ class ForgetsToRescale(ReferenceAttention):
 class StartsAnew(ReferenceAttention):
     """Drops the state of the earlier blocks."""
 
-    def forward(self, q, k, v, key_range, *, scale, state=None):
+    def forward(self, q, k, v, key_range, *, scale, state=None, **_):
         return super().forward(q, k, v, key_range, scale=scale)
 
 
@@ -48,7 +48,7 @@ class Overwrites(ReferenceAttention):
 class LeavesUnseenRows(ReferenceAttention):
     """Leaves the output of rows that see nothing as the allocator gave it."""
 
-    def forward(self, q, k, v, key_range, *, scale, state=None):
+    def forward(self, q, k, v, key_range, *, scale, state=None, **_):
         done = super().forward(q, k, v, key_range, scale=scale, state=state)
         out = torch.empty(done.out.shape, dtype=done.out.dtype)
         seen = (done.lse > -torch.inf).transpose(1, 2)[..., None]
@@ -58,7 +58,7 @@ class LeavesUnseenRows(ReferenceAttention):
 class SeesOneKeyMore(ReferenceAttention):
     """Includes the end of the half-open interval."""
 
-    def forward(self, q, k, v, key_range, *, scale, state=None):
+    def forward(self, q, k, v, key_range, *, scale, state=None, **_):
         if key_range.kind == "band":
             key_range = KeyRange("band", key_range.lo, key_range.hi + 1)
         return super().forward(q, k, v, key_range, scale=scale, state=state)
@@ -67,7 +67,7 @@ class SeesOneKeyMore(ReferenceAttention):
 class ForgetsTheSlope(ReferenceAttention):
     """Its backward takes the capped scores for uncapped ones: the derivative of tanh is missing."""
 
-    def backward(self, dout, q, k, v, lse, delta, key_range, *, scale, softcap=0.0, out, dq_acc, dk_acc, dv_acc):
+    def backward(self, dout, q, k, v, lse, delta, key_range, *, scale, softcap=0.0, out, dq_acc, dk_acc, dv_acc, **_):
         super().backward(
             dout, q, k, v, lse, delta, key_range, scale=scale, out=out, dq_acc=dq_acc, dk_acc=dk_acc, dv_acc=dv_acc
         )
@@ -76,7 +76,7 @@ class ForgetsTheSlope(ReferenceAttention):
 class ForgetsTheGroup(ReferenceAttention):
     """Gives dk of the first query head of a group only."""
 
-    def backward(self, dout, q, k, v, lse, delta, key_range, *, scale, out, dq_acc, dk_acc, dv_acc):
+    def backward(self, dout, q, k, v, lse, delta, key_range, *, scale, out, dq_acc, dk_acc, dv_acc, **_):
         group = q.shape[2] // k.shape[2]
         unused = torch.zeros_like(dk_acc)
         args = (key_range,)

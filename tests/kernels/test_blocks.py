@@ -85,6 +85,15 @@ def test_triton_in_the_interpreter(case, interpreter):
     interpreter(block_cases.check, case)
 
 
+@pytest.mark.parametrize("visible", VISIBLE)
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_last_and_only_blocks(kernel, visible, interpreter):
+    if kernel == "triton":
+        interpreter(block_cases.check_last_and_only, Case(kernel, "float16", visible, 40, 52, head_dim=16), "cpu")
+    else:
+        block_cases.check_last_and_only(Case(kernel, "float16", visible, 40, 52, head_dim=16), "cpu")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_row_kernels_in_the_interpreter(dtype, interpreter):
     interpreter(block_cases.check_row_kernels, dtype)
@@ -273,6 +282,20 @@ def test_on_a_gpu(case):
     if reason is not None and case.kernel == "cudnn":
         pytest.skip(reason)
     block_cases.check(case, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("visible", block_cases.VISIBLE)
+@pytest.mark.parametrize("kernel", ["cudnn", "triton"])
+def test_last_and_only_blocks_on_a_gpu(kernel, visible):
+    case = Case(kernel, "bfloat16", visible, 333, 515, head_dim=128)
+    kind = block_kind(VISIBLE[visible](case.batch, case.sq, case.sk))
+    reason = get_kernel(kernel).supports(
+        device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=128, kind=kind, direction="backward"
+    )
+    if reason is not None:
+        pytest.skip(reason)
+    block_cases.check_last_and_only(case, "cuda")
 
 
 @pytest.mark.gpu

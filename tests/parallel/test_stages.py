@@ -51,3 +51,11 @@ def test_an_output_projection_takes_the_place_of_layers():
     assert long == [8, 8]
     windowed = ModelConfig(**{**vars(config), "sliding_window": 1024})
     assert windowed.stages(2, 1 << 17) == config.stages(2, 1 << 11)
+
+
+def test_the_parameters_of_stages():
+    for tied in (False, True):
+        config = ModelConfig(num_layers=5, tie_embeddings=tied, qkv_bias=True, qk_norm=True)
+        assert config.stage_params(config.stages(1, 64)) == [config.shape.num_params]
+        extra = config.vocab_size * config.hidden_size if tied else 0
+        assert sum(config.stage_params(config.stages(3, 64))) == config.shape.num_params + extra
