@@ -192,13 +192,9 @@ def _write(mesh: ParallelMesh, content: _Content, *, keep: int, group: dist.Proc
             group=group,
         )
     except CheckpointError:
-        on_all(
-            mesh,
-            "removed",
-            final,
-            lambda: shutil.rmtree(temporary, ignore_errors=True) if is_first else None,
-            group=group,
-        )
+        # Nobody waits for it: a process that ends because of the error would take the others' last messages with it.
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
     if is_first:
         prune(final.parent, keep)
