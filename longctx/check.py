@@ -20,7 +20,6 @@ from longctx.config import Config, load_config
 from longctx.engine import EngineConfig
 from longctx.errors import ConfigError, DistributedError, Problem, did_you_mean, format_problems
 from longctx.kernels import get_kernel
-from longctx.layout import shard_multiple
 from longctx.model import ModelConfig
 from longctx.parallel.plan import ParallelPlan
 from longctx.parity import DTYPES, ParityCase, compare_on_rank
@@ -207,7 +206,7 @@ def _problems(config: Config, nproc: int, device: str) -> list[Problem]:
 def cut_model(config: Config, plan: ParallelPlan, device: str) -> tuple[ModelConfig, int, list[str]]:
     """A model and a sequence small enough for float64; the model, the length, and what was cut to what with the reason."""
     model, seq_len = config.model, config.data.seq_len
-    multiple = shard_multiple(plan.sequence_layout, plan.ring, plan.ulysses)
+    multiple = plan.seq_multiple
     shortest = -(-SHARD[device] * plan.sp // multiple) * multiple
     short = min(seq_len, shortest)
     # Ulysses and tp divide the heads that there are, tp the features and the vocabulary, pp the layers.

@@ -32,7 +32,7 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 
 from longctx.engine import TrainEngine
 from longctx.errors import ConfigError, format_problems
-from longctx.model import DecoderLayer, ModelConfig, RMSNorm, init_parameter, run_layers
+from longctx.model import DecoderLayer, ModelConfig, RMSNorm, init_parameter, norm_sharing, run_layers
 from longctx.parallel.loss import LMHead, linear_cross_entropy
 from longctx.parallel.tensor import TensorParallel, VocabularyEmbedding
 
@@ -146,7 +146,7 @@ def _specs(config: ModelConfig, mesh: ParallelMesh, kernel: str, fused: str) -> 
     tensor = TensorParallel.of(mesh)
     e, vocab, eps = config.hidden_size, config.vocab_size, config.norm_eps
     layers = [LayerSpec(DecoderLayer, config, mesh, kernel, fused) for _ in range(config.num_layers)]
-    norm = LayerSpec(RMSNorm, e, eps, fused=fused)
+    norm = LayerSpec(RMSNorm, e, eps, fused=fused, tensor=norm_sharing(mesh))
     if not config.tie_embeddings:
         embedding = LayerSpec(VocabularyEmbedding, vocab, e, tensor)
         return [embedding, *layers, norm, LayerSpec(LMHead, e, vocab, fused=fused, tensor=tensor)]

@@ -18,14 +18,16 @@ AXES = ("dp", "pp", "ring", "ulysses", "tp")
 # A world's cases share its processes, for DeepSpeed keeps one set of groups in a process.
 SAMPLE = (
     PlanCase(tp=2, zero=0),
-    PlanCase(tp=2, zero=3, accumulation=4, tied=True, recompute=True, rich=True),
+    PlanCase(tp=2, zero=3, accumulation=4, tied=True, recompute=True, rich=True, shard_norms=True),
     PlanCase(pp=2, zero=0, accumulation=4, tied=True, recompute=True, rich=True),
     PlanCase(pp=2, zero=1),
     PlanCase(ring=2, tp=2, zero=2, recompute=True),
     PlanCase(dp=2, tp=2, zero=3, tied=True),
     PlanCase(pp=2, ulysses=2, zero=1, accumulation=4, recompute=True),
     PlanCase(pp=2, dp=2, zero=0, tied=True),
-    PlanCase(pp=2, ring=2, tp=2, zero=1, accumulation=4, tied=True),
+    PlanCase(pp=2, ring=2, tp=2, zero=1, accumulation=4, tied=True, recompute=True, shard_norms=True),
+    PlanCase(dp=2, zero=2, offload="optimizer"),
+    PlanCase(dp=2, zero=3, offload="all", accumulation=4, recompute=True),
 )
 
 
@@ -43,7 +45,8 @@ def whole_matrix() -> list[PlanCase]:
         for zero in (0, 1) if degrees.get("pp", 1) > 1 else (0, 1, 2, 3):
             for tied, accumulation in itertools.product((False, True), (1, 4)):
                 # What else there is goes with one half of them each.
-                rest = {"recompute": tied == (accumulation == 1), "rich": not tied, "layers": 5}
+                rest: dict = {"shard_norms": degrees.get("tp", 1) > 1 and tied}
+                rest |= {"recompute": tied == (accumulation == 1), "rich": not tied, "layers": 5}
                 cases.append(PlanCase(**degrees, zero=zero, tied=tied, accumulation=accumulation, **rest))
     return cases
 

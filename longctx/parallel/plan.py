@@ -8,6 +8,7 @@ A rank's place follows one rule, with tensor parallelism innermost and pipeline 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -47,6 +48,8 @@ class ParallelPlan:
         tp: processes that share each weight matrix; they hold the same tokens. Must divide the query heads, the key heads, the
             features of the SwiGLU and the vocabulary; Ulysses then divides the heads that are left.
         layout: which positions of a sequence each ring rank holds, by name.
+        shard_norms: with tp, each of its ranks computes norms and residuals for a part of their tokens only. Activations kept
+            for backward and sent between stages are divided by tp; with activation checkpointing, two messages more a layer.
 
     The default is one process; a degree of 1 leaves its axis out.
     """
@@ -57,6 +60,7 @@ class ParallelPlan:
     ulysses: int = 1
     tp: int = 1
     layout: str = "zigzag"
+    shard_norms: bool = False
 
     @property
     def sp(self) -> int:
@@ -79,6 +83,12 @@ class ParallelPlan:
         return get_layout(self.layout)
 
     @property
+    def seq_multiple(self) -> int:
+        """What the length of a sequence must be a multiple of."""
+        multiple = shard_multiple(self.sequence_layout, self.ring, self.ulysses)
+        return math.lcm(multiple, self.sp * self.tp) if self.shard_norms else multiple
+
+    @property
     def _resolved_dp(self) -> int:
         if self.dp is None:
             raise PlanError("dp is not known yet: call plan.resolve(world_size) first, or give dp")
@@ -98,6 +108,8 @@ class ParallelPlan:
                 found.append(Problem(f"{name} = {degree}: a degree is at least 1", hint or f"{name} 1 leaves it out"))
         if found:
             return found
+        if self.shard_norms and self.tp == 1:
+            found.append(Problem("shard_norms = true, but there is no tp to share norms", "shard_norms false, or tp 2"))
         if self.layout not in LAYOUTS:
             try:
                 get_layout(self.layout)
@@ -151,10 +163,11 @@ class ParallelPlan:
             found += ulysses_problems(
                 num_heads // self.tp, num_kv_heads // self.tp, ulysses=self.ulysses, ring=self.ring, tp=self.tp
             )
-        if min(self.ring, self.ulysses) >= 1 and self.layout in LAYOUTS:
-            multiple = shard_multiple(self.sequence_layout, self.ring, self.ulysses)
+        if min(self.ring, self.ulysses, self.tp) >= 1 and self.layout in LAYOUTS:
+            multiple = self.seq_multiple
             if seq_len < 1 or seq_len % multiple:
                 over = f"ring {self.ring}" + (f" x ulysses {self.ulysses}" if self.ulysses > 1 else "")
+                over += f", norms over tp {self.tp}" * self.shard_norms
                 found.append(
                     Problem(
                         f"seq_len = {seq_len:_} is not a multiple of {multiple} ({self.layout} over {over})",

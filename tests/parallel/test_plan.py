@@ -175,3 +175,10 @@ def test_check_finds_what_stages_and_matrices_cannot_share():
     ((what, _),) = check(tp=2, ulysses=8)
     assert what == "num_heads 4 of each of 2 tp ranks is not a multiple of ulysses 8"
     assert len(check(tp=4, ulysses=8, pp=4)) == 3
+    assert check(tp=2, ring=2, shard_norms=True) == []
+    assert check(shard_norms=True) == [
+        ("shard_norms = true, but there is no tp to share norms", "shard_norms false, or tp 2")
+    ]
+    ((what, hint),) = check(heads=9, kv_heads=3, tp=3, ring=2, shard_norms=True)[1:]
+    assert what == "seq_len = 64 is not a multiple of 12 (zigzag over ring 2, norms over tp 3)"
+    assert hint == "nearest: 60 or 72"
