@@ -86,6 +86,14 @@ def choices(
     filled = " (dp: what the other degrees leave)" if config.parallel.dp is None and plan.world_size > 1 else ""
     ring = f", layout {plan.layout}" if plan.ring > 1 else ""
     yield f"plan      {plan} on {plan.world_size} process{'es' * (plan.world_size > 1)}{ring}{filled}"
+    if plan.pp > 1:
+        counts = [len(layers) for layers in config.model.stages(plan.pp, config.data.seq_len)]
+        micro_batches = config.engine.accumulation_steps
+        idle = (plan.pp - 1) / (micro_batches + plan.pp - 1)
+        yield (
+            f"stages    of {', '.join(map(str, counts))} layers, idle {idle:.0%} of the time with {micro_batches} "
+            "micro-batches (engine.accumulation_steps)"
+        )
     yield f"device    {choose_device(place, config.train.device)[1]}; {threads}"
     dtype = config.engine.resolved_dtype(device.type)
     because = f" (engine.dtype = auto on {device.type})" if config.engine.dtype == "auto" else ""
