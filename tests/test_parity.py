@@ -276,9 +276,20 @@ def test_all_means_every_mistake_that_fits():
 
 
 @pytest.mark.gpu2
-def test_two_gpus(capfd):
-    words = ["check", "--nproc", "2", "--parallel.ring=2", "--data.seq_len=2k", "--model.num_kv_heads=2"]
-    code = main([*words, "--model.hidden_size=512", "--engine.zero_stage=3", "--broken", "all"])
+@pytest.mark.parametrize(
+    ("settings", "mistakes"),
+    [
+        (["--parallel.ring=2", "--engine.zero_stage=3"], "all"),
+        (["--parallel.tp=2", "--engine.zero_stage=3", "--engine.activation_checkpointing"], "all"),
+        (["--parallel.tp=2", "--parallel.shard_norms", "--engine.activation_checkpointing"], "tensor"),
+        (["--parallel.pp=2", "--engine.accumulation_steps=3", "--model.tie_embeddings"], ""),
+        (["--engine.zero_stage=3", "--engine.offload=all"], "scale"),
+    ],
+    ids=["ring2", "tp2", "tp2-shard_norms", "pp2", "dp2-offload"],
+)
+def test_two_gpus(capfd, settings, mistakes):
+    words = ["check", "--nproc", "2", *settings, "--data.seq_len=2k", "--model.num_kv_heads=2"]
+    code = main([*words, "--model.hidden_size=512", *(["--broken", mistakes] if mistakes else [])])
     out = capfd.readouterr().out
     assert code == 0, out
     assert "backend   nccl" in out

@@ -96,7 +96,8 @@ class ParallelPlan:
 
     def __str__(self) -> str:
         dp = "rest" if self.dp is None else self.dp
-        return f"dp {dp}, pp {self.pp}, ring {self.ring}, ulysses {self.ulysses}, tp {self.tp}"
+        norms = ", norms sharded" * self.shard_norms
+        return f"dp {dp}, pp {self.pp}, ring {self.ring}, ulysses {self.ulysses}, tp {self.tp}{norms}"
 
     def problems(self) -> list[Problem]:
         """What is wrong with the plan whatever the model, the sequence and the world: impossible or unavailable degrees."""
@@ -135,14 +136,16 @@ class ParallelPlan:
         """
         found = self.problems()
         if num_layers is not None and 1 <= num_layers < self.pp:
+            fewer = max(n for n in range(1, num_layers + 1) if self.pp * self.ring % n == 0)
             found.append(
                 Problem(
                     f"pp {self.pp} has more stages than the model has layers, {num_layers}",
-                    f"each stage needs a layer: pp of at most {num_layers}",
+                    f"nearest for the same processes: pp {fewer} with ring {self.ring * self.pp // fewer}",
                 )
             )
         found += tensor_problems(
             self.tp,
+            self.ring,
             {
                 "num_heads": num_heads,
                 "num_kv_heads": num_kv_heads,
@@ -274,10 +277,11 @@ class ParallelPlan:
         return f"  with {'; '.join(found)}" if found else ""
 
 
-def tensor_problems(tp: int, sizes: dict[str, int | None]) -> list[Problem]:
+def tensor_problems(tp: int, ring: int, sizes: dict[str, int | None]) -> list[Problem]:
     """What keeps `tp` ranks from sharing matrices of such sizes, with what would work.
 
     Args:
+        ring: what fewer of them could be made up for by.
         sizes: what is divided among the ranks, by name; None: not asked about.
     """
     asked = {name: size for name, size in sizes.items() if size is not None and size >= 1}
@@ -287,7 +291,13 @@ def tensor_problems(tp: int, sizes: dict[str, int | None]) -> list[Problem]:
     fixed = [size for name, size in asked.items() if name != "vocab_size"]
     degrees = [t for t in range(1, min(asked.values()) + 1) if all(size % t == 0 for size in fixed)]
     wrong = [f"{name} {size:_}" for name, size in asked.items() if size % tp]
-    hints = [f"tp of {', '.join(map(str, degrees))} divides the heads and projections"] if tp not in degrees else []
+    hints = []
+    if tp not in degrees:
+        nearest = max(t for t in degrees if t < tp and tp * ring % t == 0)
+        hints.append(
+            f"nearest for the same processes: tp {nearest} with ring {tp * ring // nearest}; these heads and projections "
+            f"allow tp {', '.join(map(str, degrees))}"
+        )
     if asked.get("vocab_size", 0) % tp:
         hints.append(f"model.vocab_size {-(-asked['vocab_size'] // tp) * tp:_} is a multiple of {tp}")
     verb = "is not a multiple" if len(wrong) == 1 else "are no multiples"

@@ -162,13 +162,14 @@ def test_check_finds_what_stages_and_matrices_cannot_share():
 
     assert check(pp=3, tp=2) == check(tp=2, ulysses=4) == check(tp=1, pp=2) == []
     assert check(pp=4) == [
-        ("pp 4 has more stages than the model has layers, 3", "each stage needs a layer: pp of at most 3")
+        ("pp 4 has more stages than the model has layers, 3", "nearest for the same processes: pp 2 with ring 2")
     ]
     assert check(tp=4) == [("vocab_size 130 is not a multiple of tp 4", "model.vocab_size 132 is a multiple of 4")]
     assert check(tp=8) == [
         (
             "num_kv_heads 4 and vocab_size 130 are no multiples of tp 8",
-            "tp of 1, 2, 4 divides the heads and projections; model.vocab_size 136 is a multiple of 8",
+            "nearest for the same processes: tp 4 with ring 2; these heads and projections allow tp 1, 2, 4; "
+            "model.vocab_size 136 is a multiple of 8",
         )
     ]
     # Ulysses has the heads of one tp rank.
