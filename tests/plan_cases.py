@@ -42,6 +42,7 @@ class PlanCase:
     recompute: bool = False
     rich: bool = False
     shard_norms: bool = False
+    dual: bool = False
     offload: str = "none"
     dtype: str = "fp32"
     layers: int = 3
@@ -50,7 +51,7 @@ class PlanCase:
     @property
     def plan(self) -> ParallelPlan:
         degrees = {axis: getattr(self, axis) for axis in ("dp", "pp", "ring", "ulysses", "tp")}
-        return ParallelPlan(**degrees, shard_norms=self.shard_norms)
+        return ParallelPlan(**degrees, shard_norms=self.shard_norms, schedule="dualpipev" if self.dual else "1f1b")
 
     @property
     def model(self) -> ModelConfig:
@@ -65,7 +66,7 @@ class PlanCase:
     def __str__(self) -> str:
         degrees = [f"{axis}{n}" for axis in ("dp", "pp", "ring", "ulysses", "tp") if (n := getattr(self, axis)) > 1]
         words = [f"zero{self.zero}", f"accumulate{self.accumulation}"]
-        words += [name for name in ("tied", "recompute", "rich", "shard_norms") if getattr(self, name)]
+        words += [name for name in ("tied", "recompute", "rich", "shard_norms", "dual") if getattr(self, name)]
         words += [f"offload_{self.offload}"] * (self.offload != "none") + [self.dtype] * (self.dtype != "fp32")
         return "-".join((degrees or ["one"]) + words)
 

@@ -22,6 +22,7 @@ SAMPLE = (
     PlanCase(dp=2, tp=2, zero=3, accumulation=4, tied=True, recompute=True, rich=True, shard_norms=True),
     PlanCase(pp=2, ulysses=2, zero=1, accumulation=4, tied=True, recompute=True, rich=True),
     PlanCase(pp=2, dp=2, zero=0, tied=True),
+    PlanCase(pp=2, ring=2, zero=1, accumulation=4, tied=True, recompute=True, dual=True, layers=5),
     PlanCase(pp=2, ring=2, tp=2, zero=1, accumulation=4, tied=True, recompute=True, shard_norms=True),
     PlanCase(dp=2, zero=2, offload="optimizer"),
     PlanCase(dp=2, zero=3, offload="all", accumulation=4, recompute=True),
@@ -45,6 +46,8 @@ def whole_matrix() -> list[PlanCase]:
             for tied, accumulation in itertools.product((False, True), (1, 4)):
                 # What else there is goes with one half of them each.
                 rest: dict = {"shard_norms": degrees.get("tp", 1) > 1 and tied}
+                # Four micro-batches are enough for the four stages of two processes.
+                rest |= {"dual": degrees.get("pp", 1) == 2 and accumulation == 4 and tied == (zero == 1)}
                 rest |= {"recompute": tied == (accumulation == 1), "rich": not tied, "layers": 5}
                 cases.append(PlanCase(**degrees, zero=zero, tied=tied, accumulation=accumulation, **rest))
     return cases

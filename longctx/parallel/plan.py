@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
-from longctx.errors import LongCtxError, PlanError, Problem, format_problems
+from longctx.errors import LongCtxError, PlanError, Problem, did_you_mean, format_problems
 from longctx.layout import LAYOUTS, SequenceLayout, SequenceMeta, get_layout, nearest_lengths, shard_multiple
+
+SCHEDULES = ("1f1b", "dualpipev")
 
 # The token spans of a rank that `describe` writes out before it only counts them.
 SHOWN_SPANS = 4
@@ -48,6 +51,9 @@ class ParallelPlan:
         tp: processes that share each weight matrix; they hold the same tokens. Must divide the query heads, the key heads, the
             features of the SwiGLU and the vocabulary; Ulysses then divides the heads that are left.
         layout: which positions of a sequence each ring rank holds, by name.
+        schedule: of the pipeline's micro-batches. "1f1b": one forward, one backward in turn. "dualpipev": each process holds two
+            stages, one from the front and one from the back, and is idle for less of a step; it keeps the activations of more
+            micro-batches, and needs at least 2 pp of them.
         shard_norms: with tp, each of its ranks computes norms and residuals for a part of their tokens only. Activations kept
             for backward and sent between stages are divided by tp; with activation checkpointing, two messages more a layer.
 
@@ -60,6 +66,7 @@ class ParallelPlan:
     ulysses: int = 1
     tp: int = 1
     layout: str = "zigzag"
+    schedule: Literal["1f1b", "dualpipev"] = "1f1b"
     shard_norms: bool = False
 
     @property
@@ -76,6 +83,15 @@ class ParallelPlan:
     def world_size(self) -> int:
         """All processes of the plan."""
         return self.pp * self.grad_world * self.tp
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline: one, or two, on each process of the pp axis."""
+        return self.pp * (2 if self.schedule == "dualpipev" else 1)
+
+    def stages_of(self, pp_rank: int) -> tuple[int, ...]:
+        """The stages that a process of the pp axis holds."""
+        return (pp_rank,) if self.schedule == "1f1b" else (pp_rank, self.num_stages - 1 - pp_rank)
 
     @property
     def sequence_layout(self) -> SequenceLayout:
@@ -109,6 +125,10 @@ class ParallelPlan:
                 found.append(Problem(f"{name} = {degree}: a degree is at least 1", hint or f"{name} 1 leaves it out"))
         if found:
             return found
+        if self.schedule not in SCHEDULES:
+            found.append(Problem(f"unknown schedule {self.schedule!r}: {did_you_mean(self.schedule, SCHEDULES)}"))
+        elif self.schedule != "1f1b" and self.pp == 1:
+            found.append(Problem(f"schedule = {self.schedule}, but there is no pipeline", "schedule 1f1b, or pp 2"))
         if self.shard_norms and self.tp == 1:
             found.append(Problem("shard_norms = true, but there is no tp to share norms", "shard_norms false, or tp 2"))
         if self.layout not in LAYOUTS:
@@ -135,11 +155,13 @@ class ParallelPlan:
             seq_len: global length S.
         """
         found = self.problems()
-        if num_layers is not None and 1 <= num_layers < self.pp:
-            fewer = max(n for n in range(1, num_layers + 1) if self.pp * self.ring % n == 0)
+        if num_layers is not None and 1 <= num_layers < self.num_stages:
+            each = self.num_stages // self.pp
+            fewer = max(n for n in range(1, max(1, num_layers // each) + 1) if self.pp * self.ring % n == 0)
+            twice = f" with schedule {self.schedule}" * (each > 1)
             found.append(
                 Problem(
-                    f"pp {self.pp} has more stages than the model has layers, {num_layers}",
+                    f"pp {self.pp}{twice} has more stages than the model has layers, {num_layers}",
                     f"nearest for the same processes: pp {fewer} with ring {self.ring * self.pp // fewer}",
                 )
             )
@@ -260,9 +282,12 @@ class ParallelPlan:
                 )
                 line += f"  tokens {_spans(meta.positions)}"
             if layers is not None:
-                of_stage = layers[coords.pp]
-                line += f"  layers {of_stage.start}-{of_stage.stop - 1}"
-                line += " and embedding" * (coords.pp == 0) + " and head" * (coords.pp == self.pp - 1)
+                held = []
+                for stage in self.stages_of(coords.pp):
+                    of_stage = f"{layers[stage].start}-{layers[stage].stop - 1}"
+                    of_stage += " and embedding" * (stage == 0) + " and head" * (stage == self.num_stages - 1)
+                    held.append(of_stage)
+                line += f"  layers {', '.join(held)}"
             lines.append(line + self._peers(coords))
         return "\n".join(lines)
 

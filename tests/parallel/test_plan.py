@@ -154,6 +154,22 @@ def test_describe_shows_stages_and_peers():
     )
 
 
+def test_two_stages_a_process():
+    plan = ParallelPlan(dp=1, pp=2, schedule="dualpipev")
+    lines = plan.describe(layers=[range(2), range(2, 4), range(4, 6), range(6, 7)]).splitlines()[1:]
+    assert [line.split("layers ")[1] for line in lines] == [
+        "0-1 and embedding, 6-6 and head  with pp 0,1",
+        "2-3, 4-5  with pp 0,1",
+    ]
+    (problem,) = plan.check(num_heads=1, num_kv_heads=1, seq_len=64, num_layers=3)
+    assert problem.what == "pp 2 with schedule dualpipev has more stages than the model has layers, 3"
+    assert problem.hint == "nearest for the same processes: pp 1 with ring 2"
+    (problem,) = ParallelPlan(schedule="dualpipev").problems()
+    assert problem.hint == "schedule 1f1b, or pp 2"
+    (problem,) = ParallelPlan(pp=2, schedule="dualpipe").problems()
+    assert "did you mean 'dualpipev'?" in problem.what
+
+
 def test_check_finds_what_stages_and_matrices_cannot_share():
     def check(heads=8, kv_heads=4, **plan):
         sizes = {"num_layers": 3, "mlp_size": 96, "vocab_size": 130}
