@@ -108,7 +108,14 @@ def broken(name: str, mesh: ParallelMesh, batches: list[ShardedBatch]) -> Iterat
             with _replaced(functional, "_packed_hops", one_less):
                 yield batches
         case "tensor":
-            with _replaced(tensor._Enter, "backward", staticmethod(lambda ctx, grad: (grad, None))):
+
+            def mine(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+                return grad.chunk(mesh.tp.size, 1)[mesh.tp.rank], None
+
+            with (
+                _replaced(tensor._Enter, "backward", staticmethod(lambda ctx, grad: (grad, None))),
+                _replaced(tensor._Gather, "backward", staticmethod(mine)),
+            ):
                 yield batches
         case _:
             raise AssertionError(f"no twin {name!r}")

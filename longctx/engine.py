@@ -131,6 +131,14 @@ class EngineConfig:
                     f"engine.zero_stage 1, or pp 1 with ring {plan.ring * plan.pp}",
                 )
             )
+        if plan.schedule == "dualpipev" and self.accumulation_steps < plan.num_stages:
+            found.append(
+                Problem(
+                    f"engine.accumulation_steps {self.accumulation_steps} with schedule dualpipev and pp {plan.pp}: it needs "
+                    f"{plan.num_stages} micro-batches or more",
+                    f"engine.accumulation_steps {plan.num_stages}, or schedule 1f1b",
+                )
+            )
         if plan.pp > 1 and self.offload != "none":
             found.append(
                 Problem(
@@ -469,9 +477,10 @@ def build_engine(
     if mesh.pp.size > 1:
         # DeepSpeed must know its device before anything of it is imported.
         check_one_world(import_deepspeed(mesh.device), mesh)
-        from longctx.pipeline import PipelineTrainEngine, PipelineTransformer
+        from longctx.pipeline import DualPipeTransformer, PipelineTrainEngine, PipelineTransformer
 
-        stage = PipelineTransformer(model_config, mesh, model_config.stages(mesh.pp.size, seq_len), **made)
+        stage_class = DualPipeTransformer if mesh.plan.schedule == "dualpipev" else PipelineTransformer
+        stage = stage_class(model_config, mesh, model_config.stages(mesh.plan.num_stages, seq_len), **made)
         if load is not None:
             load(stage, "")
         return PipelineTrainEngine(stage, mesh, engine_config, optim_config, total_steps=total_steps)

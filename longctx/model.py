@@ -22,7 +22,7 @@ from longctx.parallel.loss import LMHead, check_token_ids
 from longctx.parallel.ring import RING_ATTENTION_OP
 from longctx.parallel.slices import slice_of
 from longctx.parallel.stages import StageCosts, cut_stages
-from longctx.parallel.tensor import ALONE, SUM_OVER_RANKS_OP, TensorParallel, VocabularyEmbedding
+from longctx.parallel.tensor import ALONE, MAY_KEEP_OPS, TensorParallel, VocabularyEmbedding
 from longctx.parallel.ulysses import ALL_TO_ALL_OP
 from longctx.rope import RopeScaling, apply_rope, rope_cos_sin, rope_frequencies
 from longctx.shapes import ModelShape, check_shapes
@@ -315,7 +315,8 @@ class _Decoder(nn.Module):
         self.layers = nn.ModuleList(
             made(f"model.layers.{i}", DecoderLayer(config, mesh, kernel, fused)) for i in range(config.num_layers)
         )
-        self.norm = made("model.norm", RMSNorm(config.hidden_size, config.norm_eps, fused=fused))
+        norm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused, tensor=norm_sharing(mesh))
+        self.norm = made("model.norm", norm)
 
     def forward(self, tokens: torch.Tensor, meta: SequenceMeta, recompute: bool) -> torch.Tensor:
         return self.norm(run_layers(self.layers, self.embed_tokens(tokens), meta, self.config, recompute=recompute))
@@ -327,7 +328,7 @@ def run_layers(
     """Decoder layers, one after the other.
 
     Args:
-        x: "b s e".
+        x: "b s e"; with `ParallelPlan.shard_norms` this rank's part of the tokens.
         recompute: keep of each layer its input and what attention gave.
     """
     # Made anew each time: a buffer would be cast to bf16 along with the weights, and 10^6 positions need float64.
@@ -346,9 +347,10 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
+        size, eps, tensor = config.hidden_size, config.norm_eps, norm_sharing(mesh)
+        self.input_layernorm = RMSNorm(size, eps, fused=fused, tensor=tensor)
         self.self_attn = _Attention(config, mesh, kernel, fused)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
+        self.post_attention_layernorm = RMSNorm(size, eps, fused=fused, tensor=tensor)
         self.mlp = _MLP(config, mesh, fused)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meta: SequenceMeta) -> torch.Tensor:
@@ -413,7 +415,13 @@ class RMSNorm(nn.Module):
         self.tensor = tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.tensor.enter(self.weight), self.eps, fused=self.fused)
+        return rms_norm(x, self.tensor.of_all(self.weight), self.eps, fused=self.fused)
+
+
+def norm_sharing(mesh: ParallelMesh | None) -> TensorParallel:
+    """The ranks among whom the tokens of a norm over the residual are shared; by default each has all."""
+    tensor = TensorParallel.of(mesh)
+    return tensor if tensor.shards_tokens else ALONE
 
 
 def _linear(size_in: int, size_out: int, tensor: TensorParallel, *, cut: int, bias: bool = False) -> nn.Linear:
@@ -450,6 +458,5 @@ def _keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 def _policy(ctx: object, op: Callable, *args: object, **kwargs: object) -> CheckpointPolicy:
     # Recomputing attention would repeat its communication, on every rank and in the same order, or hang.
-    # The last argument of a sum over the tp ranks says whether backward will need it again.
-    is_kept = op in _KEPT or (op is SUM_OVER_RANKS_OP and args[-1])
+    is_kept = op in _KEPT or (op in MAY_KEEP_OPS and args[-1])
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -9,9 +9,13 @@ Activations alone travel. Where the tokens stand and who sees whom differs betwe
 itself, for its processes hold the same part of the same sequences as their peers in the other stages. Micro-batches run one
 forward, one backward in turn (1F1B), in the order in which they were given, so a stage knows which one has come.
 
+With DualPipeV a process holds two stages, and micro-batches go out through the first ones and come back through the second:
+every process is idle for less of a step, at the price of as many activations again.
+
 Import it after `deepspeed_setup.import_deepspeed`, which decides what DeepSpeed runs on.
 
-Source: Narayanan et al. 2021 (arXiv 2104.04473) for the schedule.
+Source: Narayanan et al. 2021 (arXiv 2104.04473) for 1F1B; DeepSeek-AI 2024 (arXiv 2412.19437) for DualPipe, whose V shape is
+of Qi et al. 2023 (arXiv 2401.10241).
 """
 
 from __future__ import annotations
@@ -27,12 +31,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.pipe.schedule import InferenceSchedule, OptimizerStep, TrainSchedule
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+from deepspeed.runtime.pipe.schedule import OptimizerStep, PipeSchedule
 from deepspeed.runtime.pipe.topology import ProcessTopology
 
 from longctx.engine import TrainEngine
 from longctx.errors import ConfigError, format_problems
-from longctx.model import DecoderLayer, ModelConfig, RMSNorm, init_parameter, run_layers
+from longctx.model import DecoderLayer, ModelConfig, RMSNorm, init_parameter, norm_sharing, run_layers
 from longctx.parallel.loss import LMHead, linear_cross_entropy
 from longctx.parallel.tensor import TensorParallel, VocabularyEmbedding
 
@@ -46,10 +51,9 @@ EMBEDDING = "model.embed_tokens"
 _TIED = "embedding"
 
 
-class PipelineTransformer(PipelineModule):
-    """One stage of a `Transformer`: the same layers, with the same initial weights under DeepSpeed's names.
-
-    A tied embedding is held by the first stage and the last one; DeepSpeed adds up the two gradients.
+class _Stages(PipelineModule):
+    """The stages of a `Transformer` that one process holds: the same layers, with the same initial weights under DeepSpeed's
+    names.
 
     Args:
         stages: the decoder layers of each stage.
@@ -83,8 +87,8 @@ class PipelineTransformer(PipelineModule):
         log.debug("deepspeed.PipelineModule: %s", printed.getvalue())
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.is_first, self.is_last = mesh.pp.rank == 0, mesh.pp.rank == mesh.pp.size - 1
-        self._coming: list[ShardedBatch] = []
+        # Of a process that holds two stages, for each of them.
+        self._coming: tuple[list[ShardedBatch], list[ShardedBatch]] = ([], [])
         self.local_sums: list[torch.Tensor] = []
         for name, parameter in self.named_parameters():
             init_parameter(self.canonical_name(name), parameter, config, seed)
@@ -103,11 +107,11 @@ class PipelineTransformer(PipelineModule):
 
     def feed(self, batches: Sequence[ShardedBatch]) -> None:
         """The micro-batches that the next calls are for, in order; sums of losses are collected anew."""
-        self._coming = list(batches)
+        self._coming = (list(batches), list(batches))
         self.local_sums = []
 
     def forward(self, received: torch.Tensor) -> torch.Tensor:
-        """One micro-batch through this stage.
+        """One micro-batch through a stage.
 
         Args:
             received: what the stage before sent, "b s e"; on the first stage the tokens, "b s".
@@ -115,10 +119,11 @@ class PipelineTransformer(PipelineModule):
         Returns:
             "b s e" for the next stage; on the last one the sum of the shard's token losses.
         """
-        batch = self._coming.pop(0)
+        batch = self._coming[self.active_phase].pop(0)
         layers = list(self.forward_funcs)
-        x = layers.pop(0)(received) if self.is_first else received
-        norm, head = (layers.pop(-2), layers.pop(-1)) if self.is_last else (None, None)
+        x = layers.pop(0)(received) if self._local_start == 0 else received
+        is_last = self._local_stop == self._num_layers
+        norm, head = (layers.pop(-2), layers.pop(-1)) if is_last else (None, None)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         x = run_layers(layers, x, batch.meta, self.config, recompute=recompute)
         if norm is None or head is None:
@@ -126,6 +131,9 @@ class PipelineTransformer(PipelineModule):
         local_sum = head(norm(x), batch.labels)
         self.local_sums.append(local_sum.detach())
         return local_sum
+
+    # Which of its stages a process is at; DeepSpeed's DualPipeV sets it.
+    active_phase = 0
 
     def _partition_layers(self, method: str = "") -> None:
         """The bounds of every stage among the specs: layer i of the model is the spec i + 1."""
@@ -141,12 +149,29 @@ class PipelineTransformer(PipelineModule):
             super()._synchronize_tied_weights()
 
 
+class PipelineTransformer(_Stages):
+    """One stage of a `Transformer`, for 1F1B.
+
+    A tied embedding is held by the first stage and the last one; DeepSpeed adds up the two gradients.
+    """
+
+
+class DualPipeTransformer(_Stages, DualPipeVModule):
+    """Two stages of a `Transformer`, for DualPipeV: on rank r the r-th from the front and the r-th from the back."""
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.num_stages *= 2
+        super()._partition_layers(method)
+        mirror = self.num_stages - 1 - self.stage_id
+        self.phase_bounds = [(self._local_start, self._local_stop), (self.parts[mirror], self.parts[mirror + 1])]
+
+
 def _specs(config: ModelConfig, mesh: ParallelMesh, kernel: str, fused: str) -> list[LayerSpec]:
     """The whole model as DeepSpeed's recipes; only this stage's are made."""
     tensor = TensorParallel.of(mesh)
     e, vocab, eps = config.hidden_size, config.vocab_size, config.norm_eps
     layers = [LayerSpec(DecoderLayer, config, mesh, kernel, fused) for _ in range(config.num_layers)]
-    norm = LayerSpec(RMSNorm, e, eps, fused=fused)
+    norm = LayerSpec(RMSNorm, e, eps, fused=fused, tensor=norm_sharing(mesh))
     if not config.tie_embeddings:
         embedding = LayerSpec(VocabularyEmbedding, vocab, e, tensor)
         return [embedding, *layers, norm, LayerSpec(LMHead, e, vocab, fused=fused, tensor=tensor)]
@@ -164,11 +189,15 @@ def _tied_head(impl: Any, table: VocabularyEmbedding, hidden: torch.Tensor, labe
     return linear_cross_entropy(hidden, table.weight, labels, impl=impl, tensor=table.tensor)
 
 
-class _Passes(TrainSchedule):
-    """1F1B up to the averaged gradients; the optimizer's step is a call of its own, after the loss was looked at."""
+class _WithoutStep:
+    """A schedule up to the averaged gradients; the optimizer's step is a call of its own, after the loss was looked at."""
 
-    def steps(self) -> Iterator[list[Any]]:
-        for commands in super().steps():
+    def __init__(self, schedule: PipeSchedule) -> None:
+        self._schedule = schedule
+        self.num_pipe_buffers = schedule.num_pipe_buffers
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for commands in self._schedule:
             yield [command for command in commands if not isinstance(command, OptimizerStep)]
 
 
@@ -183,22 +212,32 @@ class PipelineTrainEngine(TrainEngine):
         ds, first = self.ds, micro_batches[0]
         ds.module.loss_fn = lambda local_sum, labels: self._scaled(local_sum, first)
         ds.total_loss, ds._compute_loss = None, True
-        return self._run(micro_batches, _Passes)
+        return self._run(micro_batches, _WithoutStep(ds._train_schedule()))
 
     def _forward_only(self, batches: Iterable[ShardedBatch]) -> torch.Tensor:
         # Without a loss function the output, the sum of the losses, is taken as the loss.
         self.ds.total_loss, self.ds._compute_loss = None, False
-        return self._run(list(batches), InferenceSchedule)
+        todo, total = list(batches), torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        at_once = len(todo)
+        if isinstance(self.ds.module, DualPipeTransformer):
+            # Its engine finds the second stage's buffers by the number of micro-batches in a training step.
+            at_once = self.config.accumulation_steps
+            if len(todo) % at_once:
+                raise ConfigError(
+                    f"evaluate was given {len(todo)} micro-batches; with parallel.schedule dualpipev they must be a multiple "
+                    f"of engine.accumulation_steps, {at_once}"
+                )
+        for start in range(0, len(todo), at_once or 1):
+            total += self._run(todo[start : start + at_once], self.ds._inference_schedule(at_once))
+        return total
 
-    def _run(self, batches: Sequence[ShardedBatch], schedule: type) -> torch.Tensor:
-        """All micro-batches in the order of a schedule; [sum of the losses, targets] of this process, 0 but in the last stage."""
+    def _run(self, batches: Sequence[ShardedBatch], schedule: Any) -> torch.Tensor:
+        """Micro-batches in the order of a schedule; [sum of the losses, targets] of this process, 0 where there is no loss."""
         ds = self.ds
-        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        if not batches:
-            return total
         ds.module.feed(batches)
         ds.set_dataiterator(iter([(batch.tokens, batch.labels) for batch in batches]))
-        ds._exec_schedule(schedule(micro_batches=len(batches), stages=ds.num_stages, stage_id=ds.stage_id))
+        ds._exec_schedule(schedule)
+        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for batch, local_sum in zip(batches, ds.module.local_sums, strict=False):
             total += torch.stack([local_sum.double(), (batch.labels != -100).sum().double()])
         return total

@@ -46,8 +46,9 @@ def dry_run(config: Config, launch: Launch, *, world_size: int | None = None) ->
         dataset, loader = open_data(config, plan, place.rank, torch.device("cpu"))
     shape = config.model.shape
     dtype = config.engine.resolved_dtype(device.type)
-    stages = config.model.stages(plan.pp, config.data.seq_len)
-    largest = max(config.model.stage_params(stages)) // plan.tp
+    stages = config.model.stages(plan.num_stages, config.data.seq_len)
+    of_stages = config.model.stage_params(stages)
+    largest = max(sum(of_stages[i] for i in plan.stages_of(rank)) for rank in range(plan.pp)) // plan.tp
     held = _state_bytes(largest, config.engine.zero_stage, dtype, plan.grad_world)
     lines = [
         config.dump().rstrip(),
@@ -88,6 +89,15 @@ def choices(
     local = place.local_world_size or plan.world_size
     nodes = f", {local} on each machine" if local < plan.world_size else ""
     yield f"plan      {plan} on {plan.world_size} process{'es' * (plan.world_size > 1)}{nodes}{ring}{filled}"
+    if plan.pp > 1:
+        counts = [len(layers) for layers in config.model.stages(plan.num_stages, config.data.seq_len)]
+        micro_batches = config.engine.accumulation_steps
+        idle = (plan.pp - 1) / (micro_batches + plan.pp - 1)
+        waiting = f", idle {idle:.0%} of the time" if plan.schedule == "1f1b" else ""
+        yield (
+            f"stages    of {', '.join(map(str, counts))} layers; {plan.schedule} with {micro_batches} micro-batches "
+            f"(engine.accumulation_steps){waiting}"
+        )
     yield f"device    {choose_device(place, config.train.device)[1]}; {threads}"
     dtype = config.engine.resolved_dtype(device.type)
     because = f" (engine.dtype = auto on {device.type})" if config.engine.dtype == "auto" else ""

@@ -13,7 +13,6 @@ from train_cases import MODEL, SEQ_LEN, ReferenceTrainer, full_step, relative_er
 
 from longctx.engine import EngineConfig, build_engine
 from longctx.errors import LongCtxError, Problem
-from longctx.layout import shard_multiple
 from longctx.model import ModelConfig
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
@@ -42,6 +41,8 @@ class PlanCase:
     tied: bool = False
     recompute: bool = False
     rich: bool = False
+    shard_norms: bool = False
+    dual: bool = False
     offload: str = "none"
     dtype: str = "fp32"
     layers: int = 3
@@ -49,7 +50,8 @@ class PlanCase:
 
     @property
     def plan(self) -> ParallelPlan:
-        return ParallelPlan(dp=self.dp, pp=self.pp, ring=self.ring, ulysses=self.ulysses, tp=self.tp)
+        degrees = {axis: getattr(self, axis) for axis in ("dp", "pp", "ring", "ulysses", "tp")}
+        return ParallelPlan(**degrees, shard_norms=self.shard_norms, schedule="dualpipev" if self.dual else "1f1b")
 
     @property
     def model(self) -> ModelConfig:
@@ -64,7 +66,7 @@ class PlanCase:
     def __str__(self) -> str:
         degrees = [f"{axis}{n}" for axis in ("dp", "pp", "ring", "ulysses", "tp") if (n := getattr(self, axis)) > 1]
         words = [f"zero{self.zero}", f"accumulate{self.accumulation}"]
-        words += [name for name in ("tied", "recompute", "rich") if getattr(self, name)]
+        words += [name for name in ("tied", "recompute", "rich", "shard_norms", "dual") if getattr(self, name)]
         words += [f"offload_{self.offload}"] * (self.offload != "none") + [self.dtype] * (self.dtype != "fp32")
         return "-".join((degrees or ["one"]) + words)
 
@@ -195,8 +197,9 @@ def draw_case(seed: int, max_world: int) -> RandomCase:
         zero3_keep_elements=draw.choice([0, 0, 500]),
         kernel="reference",
     )
-    plan = ParallelPlan(**degrees, layout=draw.choice(["zigzag", "striped", "contiguous"]))
-    multiple = shard_multiple(plan.sequence_layout, plan.ring, plan.ulysses)
+    layout = draw.choice(["zigzag", "striped", "contiguous"])
+    plan = ParallelPlan(**degrees, layout=layout, shard_norms=degrees["tp"] > 1 and draw.random() < 0.5)
+    multiple = plan.seq_multiple
     seq_len = draw.choice([multiple * draw.randint(1, 6), multiple * draw.randint(1, 6), draw.randint(1, 64)])
     return RandomCase(
         plan=plan, model=model, engine=engine, seq_len=seq_len, mask_documents=draw.random() < 0.5, seed=seed

@@ -45,7 +45,10 @@ SETTINGS = {
     "world-size": (["--parallel.ring=2"], ["world size 1 is not a multiple of", "start 2 processes"]),
     "tensor-parallel": (
         ["--parallel.tp=3"],
-        ["num_heads 2, num_kv_heads 2 and intermediate_size 128 are no multiples of tp 3", "tp of 1, 2 divides"],
+        [
+            "num_heads 2, num_kv_heads 2 and intermediate_size 128 are no multiples of tp 3",
+            "tp 1 with ring 3; these heads and projections allow tp 1, 2",
+        ],
     ),
     "stages": (
         ["--parallel.pp=5", "--engine.zero_stage=3"],

@@ -530,8 +530,13 @@ def test_engine_settings_that_cannot_work(settings, device, words):
         ({"zero_stage": 3}, {"pp": 2, "ring": 2}, "or pp 1 with ring 4"),
         ({"offload": "optimizer"}, {"pp": 2}, "engine.offload optimizer with pp 2"),
         ({"fused": "on"}, {"tp": 2}, "engine.fused = on with tp 2"),
+        (
+            {"accumulation_steps": 3},
+            {"pp": 2, "schedule": "dualpipev"},
+            "engine.accumulation_steps 4, or schedule 1f1b",
+        ),
     ],
-    ids=["zero2-pp2", "zero3-pp2", "offload-pp2", "fused-tp2"],
+    ids=["zero2-pp2", "zero3-pp2", "offload-pp2", "fused-tp2", "accumulate3-dualpipev"],
 )
 def test_settings_that_do_not_go_with_a_plan(settings, plan, words):
     (problem,) = EngineConfig(**settings).plan_problems(ParallelPlan(**plan))

@@ -30,15 +30,13 @@ RICH = [
     *("--model.tie_embeddings", "--model.qkv_bias", "--model.qk_norm", "--model.sliding_window=512"),
     *("--parallel.layout=striped", "--engine.activation_checkpointing"),
 ]
+BF16 = ["--engine.dtype=bf16"]
 # name -> (processes, settings, mistakes). Every mistake must be seen even through bf16's rounding.
 PLANS = {
     "ring2-zero1-bf16": (2, ["--parallel.ring=2", "--engine.dtype=bf16"], "all"),
     "ring3-zero3-rich": (3, ["--parallel.ring=3", "--engine.zero_stage=3", "--data.seq_len=3k", *RICH], "hop"),
-    "tp2-ring2-zero3-bf16": (
-        4,
-        ["--parallel.tp=2", "--parallel.ring=2", "--engine.zero_stage=3", "--engine.dtype=bf16"],
-        "all",
-    ),
+    "tp2-ring2-zero3-bf16": (4, ["--parallel.tp=2", "--parallel.ring=2", "--engine.zero_stage=3", *BF16], "all"),
+    "tp2-shard_norms-pp2": (4, ["--parallel.tp=2", "--parallel.pp=2", "--parallel.shard_norms", *BF16], "tensor"),
     "pp2-ulysses2-rich": (
         4,
         ["--parallel.pp=2", "--parallel.ulysses=2", "--engine.accumulation_steps=3", *RICH],
@@ -278,9 +276,20 @@ def test_all_means_every_mistake_that_fits():
 
 
 @pytest.mark.gpu2
-def test_two_gpus(capfd):
-    words = ["check", "--nproc", "2", "--parallel.ring=2", "--data.seq_len=2k", "--model.num_kv_heads=2"]
-    code = main([*words, "--model.hidden_size=512", "--engine.zero_stage=3", "--broken", "all"])
+@pytest.mark.parametrize(
+    ("settings", "mistakes"),
+    [
+        (["--parallel.ring=2", "--engine.zero_stage=3"], "all"),
+        (["--parallel.tp=2", "--engine.zero_stage=3", "--engine.activation_checkpointing"], "all"),
+        (["--parallel.tp=2", "--parallel.shard_norms", "--engine.activation_checkpointing"], "tensor"),
+        (["--parallel.pp=2", "--engine.accumulation_steps=3", "--model.tie_embeddings"], ""),
+        (["--engine.zero_stage=3", "--engine.offload=all"], "scale"),
+    ],
+    ids=["ring2", "tp2", "tp2-shard_norms", "pp2", "dp2-offload"],
+)
+def test_two_gpus(capfd, settings, mistakes):
+    words = ["check", "--nproc", "2", *settings, "--data.seq_len=2k", "--model.num_kv_heads=2"]
+    code = main([*words, "--model.hidden_size=512", *(["--broken", mistakes] if mistakes else [])])
     out = capfd.readouterr().out
     assert code == 0, out
     assert "backend   nccl" in out

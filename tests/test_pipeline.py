@@ -32,19 +32,19 @@ def broken_stages(rank: int) -> dict[str, tuple[str, float]]:
 
     case = PlanCase(pp=2, zero=0, accumulation=2, tied=True, steps=2)
     found = {"right": worst(case)}
-    feed, steps = pipeline.PipelineTransformer.feed, pipeline._Passes.steps
+    feed, commands_of = pipeline.PipelineTransformer.feed, pipeline._WithoutStep.__iter__
 
     def other_micro_batch(self, batches):
         # Its documents differ, its tokens do not matter there.
-        feed(self, batches if self.is_first else [*batches[1:], batches[0]])
+        feed(self, batches if self.stage_id == 0 else [*batches[1:], batches[0]])
 
     def without_tied_sums(self):
-        for commands in steps(self):
+        for commands in commands_of(self):
             yield [command for command in commands if not isinstance(command, schedule.ReduceTiedGrads)]
 
     with mock.patch.object(pipeline.PipelineTransformer, "feed", other_micro_batch):
         found["metadata of another micro-batch"] = worst(case)
-    with mock.patch.object(pipeline._Passes, "steps", without_tied_sums):
+    with mock.patch.object(pipeline._WithoutStep, "__iter__", without_tied_sums):
         found["tied gradients are not added"] = worst(case)
     with mock.patch.object(
         TrainEngine, "_total_norm", lambda self: self._square_norm([*self.ds.module.parameters()]).sqrt()

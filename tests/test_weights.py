@@ -148,6 +148,28 @@ def test_an_engine_of_any_stage_starts_from_them(root, trained, name):
     assert {key for key, p in trained[name]["end"].items() if torch.equal(p, start[key])} == set(), "it has learnt"
 
 
+def in_parts(rank: int, root: str) -> dict[str, dict[str, torch.Tensor]]:
+    """What an engine of two stages and two tp ranks starts from, put together again."""
+    mesh = ParallelMesh.create(ParallelPlan(pp=2, tp=2), device="cpu")
+    told = {}
+    for name in ("llama-llama3", "qwen2-tied"):
+        weights = WeightsFolder(Path(root) / name / "hf")
+        settings = EngineConfig(dtype="fp32", kernel="reference")
+        engine = build_engine(weights.config, settings, OptimConfig(), mesh, total_steps=9, load=weights.load_into)
+        told[name] = engine.full_state_dict()
+    return told
+
+
+def test_stages_and_shared_matrices_start_from_them(root):
+    told = run_distributed(in_parts, str(root), world=4)
+    assert not any(of_rank["qwen2-tied"] for of_rank in told[1:])
+    for name, start in told[0].items():
+        hf = AutoModelForCausalLM.from_pretrained(root / name / "hf")
+        held = dict(hf.named_parameters())
+        assert start.keys() == held.keys()
+        assert {key for key, p in start.items() if not torch.equal(p, held[key])} == set()
+
+
 # ---- out
 
 

@@ -320,6 +320,21 @@ class TensorExchange:
             raise self._failed(error) from error
         return gathered
 
+    def reduce_scatter(self, pieces: list[torch.Tensor]) -> torch.Tensor:
+        """The sum of every rank's `pieces[rank]`: a new tensor. `pieces`: one for each rank, contiguous, of one shape and dtype.
+
+        Raises:
+            DistributedError: as `all_reduce`.
+        """
+        if self._group is None:
+            return pieces[0].clone()
+        out = torch.empty_like(pieces[0])
+        try:
+            dist.reduce_scatter(out, pieces, group=self._group)
+        except RuntimeError as error:
+            raise self._failed(error) from error
+        return out
+
     def warm_up(self, device: torch.device) -> None:
         """Add up one number of everyone, so that connections are made now, in the same order on all ranks."""
         if self._group is None:

@@ -51,7 +51,7 @@ def linear_cross_entropy(
         chunk_tokens: tokens whose logits exist at once; None: from a memory budget.
         impl: "torch", "liger" (CUDA, liger-kernel installed), or "auto": liger where it can be had, logged once.
         tensor: the ranks that share the vocabulary: `weight` then is this rank's part of it, `hidden` and `labels` (ids of the
-            whole vocabulary) are the same on all of them. Collective, with two small messages a chunk, and one of `hidden`'s
+            whole vocabulary) are the same on all of them; if they share tokens too, `hidden` is "b s/t e". Collective, with two small messages a chunk, and one of `hidden`'s
             size in backward.
 
     Returns:
@@ -66,15 +66,16 @@ def linear_cross_entropy(
         raise ConfigError(f"impl = {impl!r} is not a loss implementation: {did_you_mean(impl, _IMPLS)}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens = {chunk_tokens} must be at least 1")
-    _check(hidden, weight, labels)
-    check_token_ids(labels, weight.shape[0] * tensor.size, what="label", ignore=IGNORE)
-    softmax: _Softmax = _torch_softmax
     if tensor.size > 1:
         if impl == "liger":
             raise ConfigError(
                 "liger's loss needs the logits of the whole vocabulary; with tp use impl 'auto' or 'torch'"
             )
         hidden = tensor.enter(hidden)
+    _check(hidden, weight, labels)
+    check_token_ids(labels, weight.shape[0] * tensor.size, what="label", ignore=IGNORE)
+    softmax: _Softmax = _torch_softmax
+    if tensor.size > 1:
         softmax = partial(_shared_softmax, tensor)
     elif use_liger(_IMPLS[impl], hidden):
         softmax = _liger_softmax

@@ -8,13 +8,17 @@ A rank's place follows one rule, with tensor parallelism innermost and pipeline 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
-from longctx.errors import LongCtxError, PlanError, Problem, format_problems
+from longctx.errors import LongCtxError, PlanError, Problem, did_you_mean, format_problems
 from longctx.layout import LAYOUTS, SequenceLayout, SequenceMeta, get_layout, nearest_lengths, shard_multiple
+
+SCHEDULES = ("1f1b", "dualpipev")
 
 # The token spans of a rank that `describe` writes out before it only counts them.
 SHOWN_SPANS = 4
@@ -47,6 +51,11 @@ class ParallelPlan:
         tp: processes that share each weight matrix; they hold the same tokens. Must divide the query heads, the key heads, the
             features of the SwiGLU and the vocabulary; Ulysses then divides the heads that are left.
         layout: which positions of a sequence each ring rank holds, by name.
+        schedule: of the pipeline's micro-batches. "1f1b": one forward, one backward in turn. "dualpipev": each process holds two
+            stages, one from the front and one from the back, and is idle for less of a step; it keeps the activations of more
+            micro-batches, and needs at least 2 pp of them.
+        shard_norms: with tp, each of its ranks computes norms and residuals for a part of their tokens only. Activations kept
+            for backward and sent between stages are divided by tp; with activation checkpointing, two messages more a layer.
         allow_across_nodes: let the processes of one tp or ulysses group be on several machines, whose network is many times
             slower than what connects the GPUs of one. Refused otherwise.
 
@@ -59,6 +68,8 @@ class ParallelPlan:
     ulysses: int = 1
     tp: int = 1
     layout: str = "zigzag"
+    schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    shard_norms: bool = False
     allow_across_nodes: bool = False
 
     @property
@@ -77,9 +88,24 @@ class ParallelPlan:
         return self.pp * self.grad_world * self.tp
 
     @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline: one, or two, on each process of the pp axis."""
+        return self.pp * (2 if self.schedule == "dualpipev" else 1)
+
+    def stages_of(self, pp_rank: int) -> tuple[int, ...]:
+        """The stages that a process of the pp axis holds."""
+        return (pp_rank,) if self.schedule == "1f1b" else (pp_rank, self.num_stages - 1 - pp_rank)
+
+    @property
     def sequence_layout(self) -> SequenceLayout:
         """The layout that `layout` names."""
         return get_layout(self.layout)
+
+    @property
+    def seq_multiple(self) -> int:
+        """What the length of a sequence must be a multiple of."""
+        multiple = shard_multiple(self.sequence_layout, self.ring, self.ulysses)
+        return math.lcm(multiple, self.sp * self.tp) if self.shard_norms else multiple
 
     @property
     def _resolved_dp(self) -> int:
@@ -89,7 +115,8 @@ class ParallelPlan:
 
     def __str__(self) -> str:
         dp = "rest" if self.dp is None else self.dp
-        return f"dp {dp}, pp {self.pp}, ring {self.ring}, ulysses {self.ulysses}, tp {self.tp}"
+        norms = ", norms sharded" * self.shard_norms
+        return f"dp {dp}, pp {self.pp}, ring {self.ring}, ulysses {self.ulysses}, tp {self.tp}{norms}"
 
     def problems(self) -> list[Problem]:
         """What is wrong with the plan whatever the model, the sequence and the world: impossible or unavailable degrees."""
@@ -101,6 +128,12 @@ class ParallelPlan:
                 found.append(Problem(f"{name} = {degree}: a degree is at least 1", hint or f"{name} 1 leaves it out"))
         if found:
             return found
+        if self.schedule not in SCHEDULES:
+            found.append(Problem(f"unknown schedule {self.schedule!r}: {did_you_mean(self.schedule, SCHEDULES)}"))
+        elif self.schedule != "1f1b" and self.pp == 1:
+            found.append(Problem(f"schedule = {self.schedule}, but there is no pipeline", "schedule 1f1b, or pp 2"))
+        if self.shard_norms and self.tp == 1:
+            found.append(Problem("shard_norms = true, but there is no tp to share norms", "shard_norms false, or tp 2"))
         if self.layout not in LAYOUTS:
             try:
                 get_layout(self.layout)
@@ -125,15 +158,19 @@ class ParallelPlan:
             seq_len: global length S.
         """
         found = self.problems()
-        if num_layers is not None and 1 <= num_layers < self.pp:
+        if num_layers is not None and 1 <= num_layers < self.num_stages:
+            each = self.num_stages // self.pp
+            fewer = max(n for n in range(1, max(1, num_layers // each) + 1) if self.pp * self.ring % n == 0)
+            twice = f" with schedule {self.schedule}" * (each > 1)
             found.append(
                 Problem(
-                    f"pp {self.pp} has more stages than the model has layers, {num_layers}",
-                    f"each stage needs a layer: pp of at most {num_layers}",
+                    f"pp {self.pp}{twice} has more stages than the model has layers, {num_layers}",
+                    f"nearest for the same processes: pp {fewer} with ring {self.ring * self.pp // fewer}",
                 )
             )
         found += tensor_problems(
             self.tp,
+            self.ring,
             {
                 "num_heads": num_heads,
                 "num_kv_heads": num_kv_heads,
@@ -154,10 +191,11 @@ class ParallelPlan:
             found += ulysses_problems(
                 num_heads // self.tp, num_kv_heads // self.tp, ulysses=self.ulysses, ring=self.ring, tp=self.tp
             )
-        if min(self.ring, self.ulysses) >= 1 and self.layout in LAYOUTS:
-            multiple = shard_multiple(self.sequence_layout, self.ring, self.ulysses)
+        if min(self.ring, self.ulysses, self.tp) >= 1 and self.layout in LAYOUTS:
+            multiple = self.seq_multiple
             if seq_len < 1 or seq_len % multiple:
                 over = f"ring {self.ring}" + (f" x ulysses {self.ulysses}" if self.ulysses > 1 else "")
+                over += f", norms over tp {self.tp}" * self.shard_norms
                 found.append(
                     Problem(
                         f"seq_len = {seq_len:_} is not a multiple of {multiple} ({self.layout} over {over})",
@@ -275,9 +313,12 @@ class ParallelPlan:
                 )
                 line += f"  tokens {_spans(meta.positions)}"
             if layers is not None:
-                of_stage = layers[coords.pp]
-                line += f"  layers {of_stage.start}-{of_stage.stop - 1}"
-                line += " and embedding" * (coords.pp == 0) + " and head" * (coords.pp == self.pp - 1)
+                held = []
+                for stage in self.stages_of(coords.pp):
+                    of_stage = f"{layers[stage].start}-{layers[stage].stop - 1}"
+                    of_stage += " and embedding" * (stage == 0) + " and head" * (stage == self.num_stages - 1)
+                    held.append(of_stage)
+                line += f"  layers {', '.join(held)}"
             lines.append(line + self._peers(coords))
         return "\n".join(lines)
 
@@ -292,10 +333,11 @@ class ParallelPlan:
         return f"  with {'; '.join(found)}" if found else ""
 
 
-def tensor_problems(tp: int, sizes: dict[str, int | None]) -> list[Problem]:
+def tensor_problems(tp: int, ring: int, sizes: dict[str, int | None]) -> list[Problem]:
     """What keeps `tp` ranks from sharing matrices of such sizes, with what would work.
 
     Args:
+        ring: what fewer of them could be made up for by.
         sizes: what is divided among the ranks, by name; None: not asked about.
     """
     asked = {name: size for name, size in sizes.items() if size is not None and size >= 1}
@@ -305,7 +347,13 @@ def tensor_problems(tp: int, sizes: dict[str, int | None]) -> list[Problem]:
     fixed = [size for name, size in asked.items() if name != "vocab_size"]
     degrees = [t for t in range(1, min(asked.values()) + 1) if all(size % t == 0 for size in fixed)]
     wrong = [f"{name} {size:_}" for name, size in asked.items() if size % tp]
-    hints = [f"tp of {', '.join(map(str, degrees))} divides the heads and projections"] if tp not in degrees else []
+    hints = []
+    if tp not in degrees:
+        nearest = max(t for t in degrees if t < tp and tp * ring % t == 0)
+        hints.append(
+            f"nearest for the same processes: tp {nearest} with ring {tp * ring // nearest}; these heads and projections "
+            f"allow tp {', '.join(map(str, degrees))}"
+        )
     if asked.get("vocab_size", 0) % tp:
         hints.append(f"model.vocab_size {-(-asked['vocab_size'] // tp) * tp:_} is a multiple of {tp}")
     verb = "is not a multiple" if len(wrong) == 1 else "are no multiples"

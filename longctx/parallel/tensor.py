@@ -8,10 +8,14 @@ up projections by their features), the second by its inputs (the output and down
     enter     nothing forward; the sum of the gradient over the ranks backward
     leave     the sum of the ranks' parts forward; nothing backward
 
+Between the pairs, norms and residuals are either computed whole on every rank, or on the part of the rank's tokens that is its
+own (`shards_tokens`): then what is kept of them is divided too, `enter` gathers the tokens and `leave` hands out the sums. As
+many bytes go over the wire; but a recomputation gathers again, for to keep what was gathered would cost what was saved.
+
 The embedding and the output projection are cut by the vocabulary. DeepSpeed has such layers too; these need nothing of it,
 start from the very weights that one process starts from, and let activation checkpointing keep what was sent.
 
-Source: Shoeybi et al. 2019 (arXiv 1909.08053).
+Source: Shoeybi et al. 2019 (arXiv 1909.08053); Korthikanti et al. 2022 (arXiv 2205.05198) for the sharded tokens.
 """
 
 from __future__ import annotations
@@ -51,6 +55,39 @@ def _(x, exchange, keep):
 SUM_OVER_RANKS_OP = torch.ops.longctx.sum_over_ranks.default
 
 
+@torch.library.custom_op("longctx::gather_tokens", mutates_args=(), schema="(Tensor x, str exchange) -> Tensor")
+def _gather_tokens(x: torch.Tensor, exchange: str) -> torch.Tensor:
+    """Every rank's tokens, one rank's behind the other's: "b s/t e" -> "b s e". Collective."""
+    return torch.cat(get_tensor_exchange(exchange).all_gather(x), 1)
+
+
+@_gather_tokens.register_fake
+def _(x, exchange):
+    b, s, e = x.shape
+    return x.new_empty(b, s * get_tensor_exchange(exchange).world, e)
+
+
+@torch.library.custom_op(
+    "longctx::scatter_sums", mutates_args=(), schema="(Tensor x, str exchange, bool keep) -> Tensor"
+)
+def _scatter_sums(x: torch.Tensor, exchange: str, keep: bool) -> torch.Tensor:
+    """The sum of every rank's x, of this rank's tokens: "b s e" -> "b s/t e". Collective. `keep` as in `_sum_over_ranks`."""
+    ranks = get_tensor_exchange(exchange)
+    return ranks.reduce_scatter([piece.contiguous() for piece in x.chunk(ranks.world, 1)])
+
+
+@_scatter_sums.register_fake
+def _(x, exchange, keep):
+    b, s, e = x.shape
+    return x.new_empty(b, s // get_tensor_exchange(exchange).world, e)
+
+
+GATHER_TOKENS_OP = torch.ops.longctx.gather_tokens.default
+SCATTER_SUMS_OP = torch.ops.longctx.scatter_sums.default
+# Their last argument says whether activation checkpointing is to keep the result.
+MAY_KEEP_OPS = (SUM_OVER_RANKS_OP, SCATTER_SUMS_OP)
+
+
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, exchange: str) -> torch.Tensor:
@@ -72,6 +109,28 @@ class _Leave(torch.autograd.Function):
         return grad, None, None
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, exchange: str) -> torch.Tensor:
+        ctx.exchange = exchange
+        return GATHER_TOKENS_OP(x, exchange)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return SCATTER_SUMS_OP(grad, ctx.exchange, False), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, exchange: str, keep: bool) -> torch.Tensor:
+        ctx.exchange = exchange
+        return SCATTER_SUMS_OP(x, exchange, keep)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return GATHER_TOKENS_OP(grad, ctx.exchange), None, None
+
+
 @dataclass(frozen=True)
 class TensorParallel:
     """This process's part in the sharing of matrices. With `size` 1 every method gives back what it got.
@@ -80,33 +139,46 @@ class TensorParallel:
         rank: on the tp axis.
         size: ranks of the axis.
         exchange: handle of their `TensorExchange`.
+        shards_tokens: what is not shared is computed on a part of the tokens, on rank i the i-th.
     """
 
     rank: int = 0
     size: int = 1
     exchange: str = ""
+    shards_tokens: bool = False
 
     @staticmethod
     def of(mesh: ParallelMesh | None) -> TensorParallel:
         """The part of the process of `mesh`; without one, everything."""
         if mesh is None or mesh.tp.size == 1:
             return TensorParallel()
-        return TensorParallel(mesh.tp.rank, mesh.tp.size, mesh.tensor_exchange.handle)
+        return TensorParallel(
+            mesh.tp.rank, mesh.tp.size, mesh.tensor_exchange.handle, shards_tokens=mesh.plan.shard_norms
+        )
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """x, the same on all ranks, on its way into this rank's part: its gradient is the sum over the ranks.
+        """x on its way into this rank's part: "b s e" of all tokens. Its gradient is the sum over the ranks.
 
-        Also for a weight that all ranks hold whole and each applies to its own heads.
+        Args:
+            x: "b s e", the same on all ranks; with `shards_tokens` "b s/t e", this rank's.
         """
-        return x if self.size == 1 else _Enter.apply(x, self.exchange)
+        if self.size == 1:
+            return x
+        return _Gather.apply(x, self.exchange) if self.shards_tokens else _Enter.apply(x, self.exchange)
+
+    def of_all(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight that all ranks hold whole and each applies to its own heads or tokens: its gradient is their sum."""
+        return weight if self.size == 1 else _Enter.apply(weight, self.exchange)
 
     def leave(self, x: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
-        """The sum of every rank's x, whose gradient is each rank's.
+        """The sum of every rank's x, "b s e", whose gradient is each rank's; with `shards_tokens` that of its tokens, "b s/t e".
 
         Args:
             keep: activation checkpointing is to keep it, because something later in the same layer needs it in backward.
         """
-        return x if self.size == 1 else _Leave.apply(x, self.exchange, keep)
+        if self.size == 1:
+            return x
+        return (_Scatter if self.shards_tokens else _Leave).apply(x, self.exchange, keep)
 
     def part(self, whole: int) -> int:
         """How many of `whole` outputs, inputs, heads or tokens of the vocabulary a rank has."""
@@ -143,7 +215,7 @@ class VocabularyEmbedding(nn.Embedding):
         self.weight = tensor.cut(nn.Parameter(torch.empty(self.num_embeddings, hidden_size)), 0)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """int64 "b s", ids of the whole vocabulary -> "b s e"."""
+        """int64 "b s", ids of the whole vocabulary -> "b s e"; with `shards_tokens` "b s/t e"."""
         if self.tensor.size == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.tensor.rank * self.num_embeddings

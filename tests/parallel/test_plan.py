@@ -154,6 +154,22 @@ def test_describe_shows_stages_and_peers():
     )
 
 
+def test_two_stages_a_process():
+    plan = ParallelPlan(dp=1, pp=2, schedule="dualpipev")
+    lines = plan.describe(layers=[range(2), range(2, 4), range(4, 6), range(6, 7)]).splitlines()[1:]
+    assert [line.split("layers ")[1] for line in lines] == [
+        "0-1 and embedding, 6-6 and head  with pp 0,1",
+        "2-3, 4-5  with pp 0,1",
+    ]
+    (problem,) = plan.check(num_heads=1, num_kv_heads=1, seq_len=64, num_layers=3)
+    assert problem.what == "pp 2 with schedule dualpipev has more stages than the model has layers, 3"
+    assert problem.hint == "nearest for the same processes: pp 1 with ring 2"
+    (problem,) = ParallelPlan(schedule="dualpipev").problems()
+    assert problem.hint == "schedule 1f1b, or pp 2"
+    (problem,) = ParallelPlan(pp=2, schedule="dualpipe").problems()
+    assert "did you mean 'dualpipev'?" in problem.what
+
+
 def test_check_finds_what_stages_and_matrices_cannot_share():
     def check(heads=8, kv_heads=4, **plan):
         sizes = {"num_layers": 3, "mlp_size": 96, "vocab_size": 130}
@@ -162,16 +178,24 @@ def test_check_finds_what_stages_and_matrices_cannot_share():
 
     assert check(pp=3, tp=2) == check(tp=2, ulysses=4) == check(tp=1, pp=2) == []
     assert check(pp=4) == [
-        ("pp 4 has more stages than the model has layers, 3", "each stage needs a layer: pp of at most 3")
+        ("pp 4 has more stages than the model has layers, 3", "nearest for the same processes: pp 2 with ring 2")
     ]
     assert check(tp=4) == [("vocab_size 130 is not a multiple of tp 4", "model.vocab_size 132 is a multiple of 4")]
     assert check(tp=8) == [
         (
             "num_kv_heads 4 and vocab_size 130 are no multiples of tp 8",
-            "tp of 1, 2, 4 divides the heads and projections; model.vocab_size 136 is a multiple of 8",
+            "nearest for the same processes: tp 4 with ring 2; these heads and projections allow tp 1, 2, 4; "
+            "model.vocab_size 136 is a multiple of 8",
         )
     ]
     # Ulysses has the heads of one tp rank.
     ((what, _),) = check(tp=2, ulysses=8)
     assert what == "num_heads 4 of each of 2 tp ranks is not a multiple of ulysses 8"
     assert len(check(tp=4, ulysses=8, pp=4)) == 3
+    assert check(tp=2, ring=2, shard_norms=True) == []
+    assert check(shard_norms=True) == [
+        ("shard_norms = true, but there is no tp to share norms", "shard_norms false, or tp 2")
+    ]
+    ((what, hint),) = check(heads=9, kv_heads=3, tp=3, ring=2, shard_norms=True)[1:]
+    assert what == "seq_len = 64 is not a multiple of 12 (zigzag over ring 2, norms over tp 3)"
+    assert hint == "nearest: 60 or 72"
