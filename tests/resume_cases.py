@@ -46,7 +46,8 @@ class Place:
 
     @property
     def model(self) -> ModelConfig:
-        return replace(MODEL, tie_embeddings=self.is_tied)
+        # DualPipeV cuts two stages for each process.
+        return replace(MODEL, tie_embeddings=True, num_layers=4) if self.is_tied else MODEL
 
     def engine(self) -> TrainEngine:
         mesh = ParallelMesh.create(self.plan, device="cpu")
@@ -62,7 +63,7 @@ class Place:
         return build_engine(self.model, settings, OPTIM, mesh, total_steps=STEPS)
 
 
-def place(zero: int, dtype: str = "fp32", *, keep: int = 0, tied: bool = False, **degrees: int) -> Place:
+def place(zero: int, dtype: str = "fp32", *, keep: int = 0, tied: bool = False, **degrees: Any) -> Place:
     return Place(ParallelPlan(**{"dp": 1} | degrees), zero, dtype, keep, tied)
 
 
@@ -87,6 +88,7 @@ PLACES = {
     "dp2tp2-zero2": place(2, dp=2, tp=2),
     "ring2tp2-zero1": place(1, ring=2, tp=2),
     "pp2ring2-zero0": place(0, pp=2, ring=2),
+    "ring2tp2-norms-zero2": place(2, ring=2, tp=2, shard_norms=True),
     "ring2-zero2-offload": replace(place(2, ring=2), offload="optimizer"),
     "uly2-zero3-offload": replace(place(3, ulysses=2), offload="all"),
     "bf16-pp2-zero1": place(1, "bf16", pp=2),
@@ -96,6 +98,7 @@ PLACES = {
     "tied-one-zero1": place(1, tied=True),
     "tied-pp2-zero1": place(1, tied=True, pp=2),
     "tied-pp2tp2-zero1": place(1, tied=True, pp=2, tp=2),
+    "tied-pp2v-zero1": place(1, tied=True, pp=2, schedule="dualpipev"),
     "tied-ring2-zero3": place(3, tied=True, ring=2),
 }
 

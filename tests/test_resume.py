@@ -55,7 +55,8 @@ class Runs:
         before, after = (latest_checkpoint(self.root / name) for name in (source, f"{source}-to-{target}"))
         manifests = read_manifest(before), read_manifest(after)
         assert manifests[0]["optimizer_steps"] == manifests[1]["optimizer_steps"] == 3
-        assert manifests[0]["arrangement"] != manifests[1]["arrangement"]
+        plans = [(manifest["plan"], manifest["engine"]) for manifest in manifests]
+        assert plans[0] != plans[1]
         ours, theirs = (
             StateShards(path, [file["name"] for file in manifest["files"]])
             for path, manifest in zip((after, before), reversed(manifests), strict=True)
