@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import ConfigError, DataError, LongCtxError, PlanError, Problem, did_you_mean, format_problems
+from longctx.parallel.nodes import node_problems
 from longctx.settings import (
     alternatives,
     checked,
@@ -105,7 +106,7 @@ class Config:
             except PlanError as error:
                 found += _problems_of(error)
             if node_size is not None:
-                found += self.parallel.node_problems(node_size, world_size)
+                found += node_problems(self.parallel, node_size=node_size, world_size=world_size)
         return found + self._vocab_problems()
 
     def _vocab_problems(self) -> list[Problem]:

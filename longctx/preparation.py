@@ -21,6 +21,7 @@ from longctx.results import environment, version
 from longctx.weights import WeightsFolder
 
 if TYPE_CHECKING:
+    from longctx.checkpoint import TrainState
     from longctx.config import Config
     from longctx.tokens import TokenDataset
 
@@ -113,6 +114,27 @@ def choices(
         yield f"resume    from the start: no checkpoint in {config.train.checkpoints}"
     else:
         yield f"resume    from {resume_from} (train.resume = {config.train.resume})"
+
+
+def resumed(before: TrainState, now: TrainState, there: str, here: str) -> Iterator[str]:
+    """Where a run goes on, and what is other than it was; a line each.
+
+    Args:
+        before: what the checkpoint says; now: what the run begins with.
+        there, here: the `arrangement` of the checkpoint and of this run.
+    """
+    other = f", from a checkpoint of {there} at {here}" if there != here else ""
+    yield f"resumed   at step {now.step}, sample {now.cursor:_}{other}"
+    if before.data != now.data:
+        yield (
+            f"note      the checkpoint's data were other ({before.data or 'not recorded'}; now {now.data}): samples are read "
+            "from the first on"
+        )
+    if before.batch not in (0, now.batch):
+        yield (
+            f"note      a step is {now.batch} samples now, before it was {before.batch}: the loss goes on as before where "
+            "dp x engine.micro_batch_size x engine.accumulation_steps is the same"
+        )
 
 
 def settle(config: Config, place: Place) -> tuple[ParallelPlan, torch.device]:

@@ -18,21 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.distributed as dist
 
-from longctx.checkpoint import (
-    TrainState,
-    arrangement,
-    check_checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    saved_as,
-)
+from longctx.checkpoint import TrainState, arrangement, check_checkpoint, latest_checkpoint, load_checkpoint, saved_as
 from longctx.checkpoint_saver import Saver
 from longctx.errors import CheckpointError, ConfigError, NonFiniteError, Problem
 from longctx.launch import Launch, Place, StartError
 from longctx.metrics import Meter, MetricsFile, peak_flops, peak_memory_bytes, step_work
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
-from longctx.preparation import DATA_TIMEOUT_S, about, choices, open_data, settle, weights_to_start_from
+from longctx.preparation import DATA_TIMEOUT_S, about, choices, open_data, resumed, settle, weights_to_start_from
 from longctx.process import seed_everything, set_cpu_threads, tell
 from longctx.progress import Progress, log_to
 from longctx.recorder import Recorder, WandbRun
@@ -226,19 +219,9 @@ class Trainer:
             # A cursor means nothing in other data: a further stage of training begins with their first sample.
             self.state = replace(self.state, cursor=0)
         if self._progress is not None and self.resume_from is not None:
-            ours, theirs = arrangement(config.engine, plan, device.type), saved_as(self.resume_from)
-            other = f", from a checkpoint of {theirs} at {ours}" if ours != theirs else ""
-            self._progress.say(f"resumed   at step {self.state.step}, sample {self.state.cursor:_}{other}")
-            if before.data != self.state.data:
-                self._progress.say(
-                    f"note      the checkpoint's data were other ({before.data or 'not recorded'}; now "
-                    f"{self.state.data}): samples are read from the first on"
-                )
-            if before.batch not in (0, batch):
-                self._progress.say(
-                    f"note      a step is {batch} samples now, before it was {before.batch}: the loss goes on as before "
-                    "where dp x engine.micro_batch_size x engine.accumulation_steps is the same"
-                )
+            there, here = saved_as(self.resume_from), arrangement(config.engine, plan, device.type)
+            for line in resumed(before, self.state, there, here):
+                self._progress.say(line)
             self._progress.begin_at(self.state.step)
         self.launch.is_working = True
 
@@ -255,13 +238,8 @@ class Trainer:
             file = self._metrics_file()
             file.write("run", {"first_step": self.state.step, **about(self.config, plan, device)})
             recorder.open(file)
-        saver = Saver(
-            train.checkpoints,
-            self.engine,
-            fingerprint=asdict(self.config.model),
-            keep=train.keep,
-            in_background=train.async_save,
-        )
+        root, model = train.checkpoints, asdict(self.config.model)
+        saver = Saver(root, self.engine, fingerprint=model, keep=train.keep, in_background=train.async_save)
         while self.state.step < train.steps:
             step, cursor = self.state.step, self.state.cursor
             self._heed(saver.poll)
@@ -304,11 +282,11 @@ class Trainer:
     def _save(self, saver: Saver, *, is_last: bool) -> None:
         """A disk that is full now may have room at the next checkpoint; after the last one there is none."""
         self._heed(saver.finish)
-        if not is_last:
+        if is_last:
+            saver.save(self.state)
+            saver.finish()
+        else:
             self._heed(lambda: saver.save(self.state))
-            return
-        saver.save(self.state)
-        saver.finish()
 
     def _heed(self, action: Callable[[], None]) -> None:
         """A checkpoint that could not be saved is a warning, and training goes on."""

@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     ("L0", ("errors", "shapes", "masks", "layout")),
     ("L1", ("kernels",)),
-    ("L2 pure", ("parallel.plan", "parallel.schedule", "parallel.slices", "parallel.stages")),
+    ("L2 pure", ("parallel.plan", "parallel.schedule", "parallel.slices", "parallel.nodes", "parallel.stages")),
     (
         "L2",
         ("parallel.mesh", "parallel.exchange", "parallel.ring", "parallel.ulysses", "parallel.tensor", "parallel.loss"),
@@ -57,7 +57,7 @@ FORBIDDEN = (
     (("shapes", "masks", "layout"), ("triton", "torch.distributed", "deepspeed"), "L0 is torch only"),
     (("kernels",), ("torch.distributed", "deepspeed"), "a kernel knows of no other process"),
     (
-        ("parallel.plan", "parallel.schedule", "parallel.slices", "parallel.stages"),
+        ("parallel.plan", "parallel.schedule", "parallel.slices", "parallel.nodes", "parallel.stages"),
         ("torch.distributed", "deepspeed"),
         "plans are decided without a GPU",
     ),

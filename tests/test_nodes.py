@@ -13,6 +13,7 @@ from run_cases import TRAIN, Background, free_port, train, write_config
 from longctx.config import load_config
 from longctx.launch import Place
 from longctx.metrics import read_metrics
+from longctx.parallel.nodes import node_problems
 from longctx.parallel.plan import ParallelPlan
 
 
@@ -30,7 +31,7 @@ from longctx.parallel.plan import ParallelPlan
 )
 def test_groups_within_a_machine_may_talk_in_every_layer(degrees, node, world):
     plan = ParallelPlan(**degrees)
-    assert plan.node_problems(node, world) == []
+    assert node_problems(plan, node_size=node, world_size=world) == []
     if not plan.allow_across_nodes:
         whole = ParallelPlan(**{"dp": world // (plan.sp * plan.tp)} | degrees)
         for rank in range(world):
@@ -45,7 +46,7 @@ def test_groups_within_a_machine_may_talk_in_every_layer(degrees, node, world):
     ("degrees", "node", "world", "what", "offered"),
     [
         ({"ulysses": 8, "ring": 2}, 4, 16, "tp 1 x ulysses 8 = 8 processes", "tp 1, ulysses 4, ring 4"),
-        ({"tp": 4}, 2, 8, "tp 4 exchange", "tp 2, ulysses 1, ring 2"),
+        ({"tp": 4}, 2, 8, "tp 4: they exchange", "tp 2, ulysses 1, ring 2"),
         ({"tp": 2, "ulysses": 4}, 4, 16, "tp 2 x ulysses 4 = 8 processes", "tp 2, ulysses 2, ring 2"),
         # Groups of 3 over machines of 4: the second one is on both.
         ({"ulysses": 3}, 4, 12, "tp 1 x ulysses 3 = 3 processes", "tp 1, ulysses 1, ring 3"),
@@ -53,12 +54,14 @@ def test_groups_within_a_machine_may_talk_in_every_layer(degrees, node, world):
     ],
 )
 def test_groups_that_cross_machines_are_refused_with_what_does_not(degrees, node, world, what, offered):
-    ((said, hint),) = ((p.what, p.hint) for p in ParallelPlan(**degrees).node_problems(node, world))
+    ((said, hint),) = (
+        (p.what, p.hint) for p in node_problems(ParallelPlan(**degrees), node_size=node, world_size=world)
+    )
     assert said.startswith(what)
     assert f"a machine has {node}" in said
     assert f"{offered} for the same processes; or parallel.allow_across_nodes = true" in hint
     better = ParallelPlan(**{name: int(n) for name, n in (pair.split() for pair in offered.split(", "))})
-    assert better.node_problems(node, world) == []
+    assert node_problems(better, node_size=node, world_size=world) == []
     assert better.sp * better.tp == ParallelPlan(**degrees).sp * ParallelPlan(**degrees).tp
 
 

@@ -204,34 +204,6 @@ class ParallelPlan:
                 )
         return found
 
-    def node_problems(self, node_size: int, world_size: int) -> list[Problem]:
-        """What of this plan would have to talk between machines in every layer; empty if nothing does, or it is allowed.
-
-        Ranks of one tp group, and of the ulysses groups within it, follow one another, and so do the ranks of a machine. The
-        ring passes keys and values behind attention's work, dp and pp exchange once a step: they may cross.
-
-        Args:
-            node_size: processes on each machine.
-            world_size: of all machines.
-        """
-        inner = self.ulysses * self.tp
-        if self.allow_across_nodes or node_size >= world_size or node_size % inner == 0:
-            return []
-        within = [
-            f"tp {tp}, ulysses {ulysses}, ring {self.sp * self.tp // (tp * ulysses)}"
-            for tp in _divisors(self.tp)
-            for ulysses in _divisors(self.sp * self.tp // tp)
-            if node_size % (tp * ulysses) == 0 and (tp == self.tp or node_size % self.tp) and ulysses <= self.ulysses
-        ]
-        each = f"tp {self.tp} x ulysses {self.ulysses} = {inner} processes" if self.ulysses > 1 else f"tp {self.tp}"
-        return [
-            Problem(
-                f"{each} exchange activations in every layer, but a machine has {node_size}, so some of these messages would "
-                "cross machines",
-                f"the ring may cross: {within[-1]} for the same processes; or parallel.allow_across_nodes = true",
-            )
-        ]
-
     def resolve(self, world_size: int) -> ParallelPlan:
         """The same plan with dp filled in for `world_size` processes.
 
@@ -390,10 +362,6 @@ def ulysses_problems(num_heads: int, num_kv_heads: int, *, ulysses: int, ring: i
             what, f"nearest for the same processes: {plans}; these heads allow ulysses {', '.join(map(str, degrees))}"
         )
     ]
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _heads_divide(num_heads: int, num_kv_heads: int, ulysses: int) -> bool:
