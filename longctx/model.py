@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -15,13 +14,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from longctx.attention import ParallelAttention
 from longctx.errors import ConfigError, Problem, format_problems
+from longctx.initial import init_parameter
 from longctx.kernels.fused import Fused, check_fused, rms_norm, silu_mul
 from longctx.layout import SequenceMeta
 from longctx.masks import SlidingWindow
 from longctx.parallel.loss import LMHead, check_token_ids
 from longctx.parallel.ring import RING_ATTENTION_OP
-from longctx.parallel.slices import slice_of
-from longctx.parallel.stages import StageCosts, cut_stages
+from longctx.parallel.stages import cut_by_flops, params_of_stages
 from longctx.parallel.tensor import ALONE, MAY_KEEP_OPS, TensorParallel, VocabularyEmbedding
 from longctx.parallel.ulysses import ALL_TO_ALL_OP
 from longctx.rope import RopeScaling, apply_rope, rope_cos_sin, rope_frequencies
@@ -174,31 +173,17 @@ class ModelConfig:
             num_params=self.num_layers * per_layer + embeddings + e,
         )
 
-    @property
-    def _layer_params(self) -> int:
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return (self.shape.num_params - embeddings - self.hidden_size) // self.num_layers
-
-    def stages(self, pp: int, seq_len: int) -> tuple[range, ...]:
-        """The decoder layers of each of `pp` pipeline stages, so that their FLOPs of a step are as even as can be.
+    def stages(self, num_stages: int, seq_len: int) -> tuple[range, ...]:
+        """The decoder layers of each stage of a pipeline, their FLOPs of a step as even as can be.
 
         Args:
             seq_len: tokens of a sequence; attention is counted as of one causal document. 0: without attention.
         """
-        seen = seq_len if self.sliding_window is None else min(seq_len, 2 * self.sliding_window)
-        # Forward and backward, a token: 6 for each weight, and for each pair of a query with the half of the keys it sees
-        # 12 for each element of a head. An embedding is looked up.
-        attention = 12 * self.num_heads * self.head_size * seen / 2
-        costs = StageCosts(layer=6 * self._layer_params + attention, last=6 * self.vocab_size * self.hidden_size)
-        return cut_stages(self.num_layers, pp, costs)
+        return cut_by_flops(self.shape, num_stages, seq_len, tied=self.tie_embeddings, window=self.sliding_window)
 
     def stage_params(self, stages: Sequence[range]) -> list[int]:
         """Parameters of each stage; a tied embedding is held by the first and, if that is another, the last."""
-        table = self.vocab_size * self.hidden_size
-        found = [len(layers) * self._layer_params for layers in stages]
-        found[0] += table
-        found[-1] += self.hidden_size + (0 if self.tie_embeddings and len(stages) == 1 else table)
-        return found
+        return params_of_stages(self.shape, stages, tied=self.tie_embeddings)
 
 
 class Transformer(nn.Module):
@@ -279,33 +264,6 @@ class Transformer(nn.Module):
         return self.model(tokens, meta, self.activation_checkpointing and torch.is_grad_enabled())
 
 
-@torch.no_grad()
-def init_parameter(name: str, parameter: nn.Parameter, config: ModelConfig, seed: int) -> None:
-    """The initial value of a parameter: norms 1, biases 0, the rest normal.
-
-    One that is cut over the tp ranks becomes its part of what one process starts with; memory holds the whole of it meanwhile.
-
-    Args:
-        name: in the `Transformer` of one process.
-    """
-    if parameter.is_meta:
-        return
-    if name.endswith("norm.weight"):
-        parameter.fill_(1.0)
-    elif name.endswith(".bias"):
-        parameter.zero_()
-    else:
-        residual_std = config.init_std / math.sqrt(2 * config.num_layers)
-        digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little") >> 1)
-        is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        part = slice_of(name, parameter)
-        whole = parameter if part.dim is None else parameter.new_empty(part.full_shape)
-        whole.normal_(0.0, residual_std if is_residual else config.init_std, generator=generator)
-        if part.dim is not None:
-            parameter.copy_(part.take(whole))
-
-
 class _Decoder(nn.Module):
     def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused, made: _Made) -> None:
         super().__init__()
@@ -315,7 +273,7 @@ class _Decoder(nn.Module):
         self.layers = nn.ModuleList(
             made(f"model.layers.{i}", DecoderLayer(config, mesh, kernel, fused)) for i in range(config.num_layers)
         )
-        norm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused, tensor=norm_sharing(mesh))
+        norm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused, tensor=TensorParallel.of(mesh).of_norms)
         self.norm = made("model.norm", norm)
 
     def forward(self, tokens: torch.Tensor, meta: SequenceMeta, recompute: bool) -> torch.Tensor:
@@ -347,7 +305,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
         super().__init__()
-        size, eps, tensor = config.hidden_size, config.norm_eps, norm_sharing(mesh)
+        size, eps, tensor = config.hidden_size, config.norm_eps, TensorParallel.of(mesh).of_norms
         self.input_layernorm = RMSNorm(size, eps, fused=fused, tensor=tensor)
         self.self_attn = _Attention(config, mesh, kernel, fused)
         self.post_attention_layernorm = RMSNorm(size, eps, fused=fused, tensor=tensor)
@@ -416,12 +374,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.tensor.of_all(self.weight), self.eps, fused=self.fused)
-
-
-def norm_sharing(mesh: ParallelMesh | None) -> TensorParallel:
-    """The ranks among whom the tokens of a norm over the residual are shared; by default each has all."""
-    tensor = TensorParallel.of(mesh)
-    return tensor if tensor.shards_tokens else ALONE
 
 
 def _linear(size_in: int, size_out: int, tensor: TensorParallel, *, cut: int, bias: bool = False) -> nn.Linear:

@@ -37,7 +37,8 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 
 from longctx.engine import TrainEngine
 from longctx.errors import ConfigError, format_problems
-from longctx.model import DecoderLayer, ModelConfig, RMSNorm, init_parameter, norm_sharing, run_layers
+from longctx.initial import init_parameter
+from longctx.model import DecoderLayer, ModelConfig, RMSNorm, run_layers
 from longctx.parallel.loss import LMHead, linear_cross_entropy
 from longctx.parallel.tensor import TensorParallel, VocabularyEmbedding
 
@@ -171,7 +172,7 @@ def _specs(config: ModelConfig, mesh: ParallelMesh, kernel: str, fused: str) -> 
     tensor = TensorParallel.of(mesh)
     e, vocab, eps = config.hidden_size, config.vocab_size, config.norm_eps
     layers = [LayerSpec(DecoderLayer, config, mesh, kernel, fused) for _ in range(config.num_layers)]
-    norm = LayerSpec(RMSNorm, e, eps, fused=fused, tensor=norm_sharing(mesh))
+    norm = LayerSpec(RMSNorm, e, eps, fused=fused, tensor=tensor.of_norms)
     if not config.tie_embeddings:
         embedding = LayerSpec(VocabularyEmbedding, vocab, e, tensor)
         return [embedding, *layers, norm, LayerSpec(LMHead, e, vocab, fused=fused, tensor=tensor)]
@@ -245,14 +246,17 @@ class PipelineTrainEngine(TrainEngine):
     def _apply_step(self) -> None:
         self.ds._exec_optimizer_step()
 
-    def _gather(self, local: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-        mesh = self.mesh
-        everyone = local.new_zeros(mesh.world_size, local.numel())
-        everyone[mesh.rank] = local
-        dist.all_reduce(everyone)
+    @property
+    def _told(self) -> tuple[int, ...]:
         # The ranks of one tp axis have the same numbers.
-        ranks = tuple(r for r in range(mesh.world_size) if mesh.plan.coords(r).tp == mesh.coords.tp)
-        return everyone[list(ranks)], ranks
+        mesh = self.mesh
+        return tuple(rank for rank in range(mesh.world_size) if mesh.plan.coords(rank).tp == mesh.coords.tp)
+
+    def _gather(self, local: torch.Tensor) -> torch.Tensor:
+        everyone = local.new_zeros(self.mesh.world_size, local.numel())
+        everyone[self.mesh.rank] = local
+        dist.all_reduce(everyone)
+        return everyone[list(self._told)]
 
     def gradients(self) -> dict[str, torch.Tensor]:
         of_stages: list[Any] = [None] * self.mesh.pp.size

@@ -27,13 +27,14 @@ LAYERS = (
         ("parallel.mesh", "parallel.exchange", "parallel.ring", "parallel.ulysses", "parallel.tensor", "parallel.loss"),
     ),
     ("L3", ("flash", "functional")),
-    ("L4", ("attention", "rope", "model")),
+    ("L4", ("attention", "rope", "initial", "model")),
     ("L5 text and numbers", ("settings", "corpus", "tokenizer", "tokens", "data", "metrics", "results", "tables")),
     (
         "L5 DeepSpeed",
         (
             "optim",
             "deepspeed_setup",
+            "engine_config",
             "engine",
             "pipeline",
             "checkpoint_files",
@@ -62,7 +63,7 @@ FORBIDDEN = (
         "plans are decided without a GPU",
     ),
     (
-        ("parallel", "flash", "functional", "attention", "rope", "model"),
+        ("parallel", "flash", "functional", "attention", "rope", "initial", "model"),
         ("deepspeed", "wandb"),
         "the library works without the trainer",
     ),

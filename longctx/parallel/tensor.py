@@ -156,6 +156,11 @@ class TensorParallel:
             mesh.tp.rank, mesh.tp.size, mesh.tensor_exchange.handle, shards_tokens=mesh.plan.shard_norms
         )
 
+    @property
+    def of_norms(self) -> TensorParallel:
+        """Who shares the tokens of a norm over the residual: these ranks if they share tokens, else nobody."""
+        return self if self.shards_tokens else ALONE
+
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """x on its way into this rank's part: "b s e" of all tokens. Its gradient is the sum over the ranks.
 
