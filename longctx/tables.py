@@ -175,9 +175,9 @@ def faults_table(rows: Sequence[Measurement]) -> str:
     for name in dict.fromkeys(row.name for row in rows):
         got = {row.metric: f"{row.value:.0f}" for row in rows if row.name == name}
         if "times" in got:
-            body.append([name.split("/", 1)[1], got["times"], got["checkpoints lost"], got["went on"]])
+            body.append([name.split("/", 1)[1], got["times"], got["kept every checkpoint"], got["went on"]])
     steps = [f"{row.value:_.0f}".replace("_", " ") for row in rows if row.metric == "steps"]
-    table = markdown(["2 processes, a checkpoint every 2 steps", "times", "checkpoints lost", "went on"], body)
+    table = markdown(["2 processes, a checkpoint every 2 steps", "times", "kept every checkpoint", "went on"], body)
     return (
         f"{table}\n\nThe {steps[0]} steps between the kills are bit for bit those of an undisturbed run."
         if steps

@@ -229,8 +229,8 @@ def measurements(told: Sequence[Kill], full: Sequence[FullDisk], same_steps: int
     config = "2 processes, a checkpoint every 2 steps"
     where = environment("cpu", 0)
 
-    def rows(kind: str, trials: int, lost: int, went_on: int) -> list[Measurement]:
-        figures = {"times": trials, "checkpoints lost": lost, "went on": went_on}
+    def rows(kind: str, trials: int, kept: int, went_on: int) -> list[Measurement]:
+        figures = {"times": trials, "kept every checkpoint": kept, "went on": went_on}
         return [
             Measurement(name=f"faults/{kind}", config=config, metric=metric, value=value, unit="", **where)
             for metric, value in figures.items()
@@ -241,10 +241,10 @@ def measurements(told: Sequence[Kill], full: Sequence[FullDisk], same_steps: int
         of_kind = [kill for kill in told if kill.kind == kind]
         if of_kind:
             went_on = sum(kill.went_on == kill.after >= kill.before for kill in of_kind)
-            found += rows(kind, len(of_kind), sum(kill.lost for kill in of_kind), went_on)
+            found += rows(kind, len(of_kind), sum(not kill.lost for kill in of_kind), went_on)
     if full:
         good = sum(trial.said and trial.went_on for trial in full)
-        found += rows("disk full while saving", len(full), sum(trial.lost for trial in full), good)
+        found += rows("disk full while saving", len(full), sum(not trial.lost for trial in full), good)
     if told:
         name = "faults/steps equal to an undisturbed run's"
         found.append(Measurement(name=name, config=config, metric="steps", value=same_steps, unit="", **where))
