@@ -44,7 +44,7 @@ def test_bare_python_trains_and_says_what_it_chose(alone):
     for name in ("plan", "device", "dtype", "data", "model", "step", "resume", "records"):
         assert len(re.findall(rf"^{name} ", output, re.M)) >= 1, f"no line about {name}:\n{output}"
     assert "128 tokens = dp 1 x micro-batch 1 x accumulation 1 x seq_len 128" in output
-    assert output.count("attention kernel for cpu") >= 1
+    assert output.count("attention kernel for forward on cpu") >= 1
     assert re.search(r"^done .*loss \d", output, re.M)
     assert latest_checkpoint(folder / "run" / "checkpoints").name == "step-00000003"
 
