@@ -22,6 +22,7 @@ class ParallelAttention(nn.Module):
         kernel: "auto", or a name from `longctx.kernels.kernel_names`.
         scale: multiplies q @ k^T. None: 1 / sqrt(head dim).
         softcap: bends the scores s to softcap * tanh(s / softcap), as in Gemma 2; 0 leaves them.
+        layer: which layer of the model this is, for reports about its messages. None: they name no layer.
 
     Raises:
         KernelError: softcap is negative.
@@ -34,9 +35,10 @@ class ParallelAttention(nn.Module):
         kernel: str = "auto",
         scale: float | None = None,
         softcap: float = 0.0,
+        layer: int | None = None,
     ) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.mesh = mesh if mesh is None or layer is None else mesh.for_layer(layer)
         self.kernel = kernel
         self.scale = scale
         self.softcap = check_softcap(softcap)
@@ -62,10 +64,10 @@ class ParallelAttention(nn.Module):
                 raise ShapeError(
                     f"this shard is one of {meta.ring_world * meta.ulysses_world}, but ParallelAttention has no mesh: give it the ParallelMesh"
                 )
-            if meta.seq_len != q.shape[1]:
-                raise ShapeError(f"meta describes {meta.seq_len:_} positions, but q has {q.shape[1]:_}")
+            if meta.padded_len != q.shape[1]:
+                raise ShapeError(f"meta describes {meta.padded_len:_} positions, but q has {q.shape[1]:_}")
             return attention(
-                q, k, v, mask=meta.mask, scale=self.scale, softcap=self.softcap, sinks=sinks, kernel=self.kernel
+                q, k, v, mask=meta.padded_mask, scale=self.scale, softcap=self.softcap, sinks=sinks, kernel=self.kernel
             )
         return context_parallel_attention(
             q,

@@ -118,8 +118,9 @@ def prepare(argv: Sequence[str] | None = None) -> Prepared:
         is_verbose=True,
     )
     window = "" if model.sliding_window is None else f", window {model.sliding_window}"
-    names = ("tie_embeddings", "qkv_bias", "qk_norm")
+    names = ("tie_embeddings", "qkv_bias", "qk_norm", "sinks")
     traits = "".join(f", {name}" for name in names if getattr(model, name))
+    traits += f", softcap {model.softcap:g}" if model.softcap else ""
     dtype = engine.resolved_dtype(device)
     because = f" (engine.dtype = auto on {device})" if engine.dtype == "auto" else ""
     reference = f"held against float64, and against the error of plain torch in {dtype}"
@@ -208,7 +209,8 @@ def cut_model(config: Config, plan: ParallelPlan, device: str) -> tuple[ModelCon
     model, seq_len = config.model, config.data.seq_len
     multiple = plan.seq_multiple
     shortest = -(-SHARD[device] * plan.sp // multiple) * multiple
-    short = min(seq_len, shortest)
+    # As much padding as the whole sequence has.
+    short = min(seq_len, shortest - -seq_len % multiple)
     # Ulysses and tp divide the heads that there are, tp the features and the vocabulary, pp the layers.
     kv_heads = min(model.kv_heads, KV_HEADS) if plan.ulysses == plan.tp == 1 else model.kv_heads
     intermediate, vocab = (-(-size // plan.tp) * plan.tp for size in (INTERMEDIATE, VOCAB))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -26,12 +26,15 @@ import torch
 from longctx.corpus import find_corpus
 from longctx.errors import DataError, Problem
 from longctx.layout import SequenceLayout, SequenceMeta
-from longctx.masks import AttentionMask, Causal, Documents
+from longctx.masks import AttentionMask, Causal, Documents, Full, SlidingWindow
 from longctx.tokenizer import load_tokenizer
 from longctx.tokens import TokenDataset, open_tokens
 
 # Labels with this value are no targets.
 NO_TARGET = -100
+
+# The token at positions that only fill up a shard.
+PADDING_TOKEN = 0
 
 # Runs of positions closer together than this are read as one slice: 4 KiB, the page that the disk gives anyway, of uint16.
 _READ_GAP = 2048
@@ -85,8 +88,8 @@ class ShardedBatch:
     """One micro-batch of one rank.
 
     Args:
-        tokens: int64 [b, s].
-        labels: int64 [b, s], the token after each one; -100 where there is no target.
+        tokens: int64 [b, s]; 0 at padding.
+        labels: int64 [b, s], the token after each one; -100 where there is no target, as at padding.
         meta: positions, mask and layout.
         num_target_tokens: targets in the whole optimizer step: all data-parallel ranks, all of each sequence, all micro-batches.
         cursor: the sample cursor at the start of the step.
@@ -147,11 +150,14 @@ class ShardedLoader:
 
     Args:
         dataset: what to read.
-        seq_len: global sequence length; `layout` must be able to cut it for these ranks.
+        seq_len: global sequence length, any; what the ranks cannot share evenly is padded (`SequenceMeta`).
         micro_batch_size: sequences per micro-batch and data-parallel rank.
         accumulation_steps: micro-batches per optimizer step.
         dp_rank, dp_world: place among the data-parallel ranks.
-        layout, ring_rank, ring_world, ulysses_rank, ulysses_world: which tokens of a sequence are this rank's.
+        layout, ring_rank, ring_world, ulysses_rank, ulysses_world: which tokens of a sequence are this rank's. A layout that
+            fits masks is fitted to those of each micro-batch.
+        local_multiple: what this rank's tokens are padded to a multiple of.
+        sliding_window: the model's, which such a layout takes into account.
         seed, shuffle: the order of the samples.
         mask_documents: see `DataConfig`.
         device: where the tensors go.
@@ -159,7 +165,7 @@ class ShardedLoader:
 
     Raises:
         DataError: the dataset is shorter than one sequence.
-        PlanError: `seq_len` cannot be cut so.
+        PlanError: there is no such rank.
     """
 
     def __init__(
@@ -176,6 +182,8 @@ class ShardedLoader:
         ring_world: int = 1,
         ulysses_rank: int = 0,
         ulysses_world: int = 1,
+        local_multiple: int = 1,
+        sliding_window: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
         mask_documents: bool = True,
@@ -198,18 +206,20 @@ class ShardedLoader:
         self.seed, self.shuffle, self.mask_documents = seed, shuffle, mask_documents
         self.device = torch.device(device)
         self.num_samples = dataset.num_sequences(seq_len)
-        meta = SequenceMeta.of(
+        self.layout = layout
+        self._window = SlidingWindow(sliding_window) if sliding_window is not None else Full()
+        self._meta_of = partial(
+            SequenceMeta.of,
             seq_len,
-            layout=layout,
             ring_rank=ring_rank,
             ring_world=ring_world,
             ulysses_rank=ulysses_rank,
             ulysses_world=ulysses_world,
+            local_multiple=local_multiple,
         )
-        self._positions = meta.positions.numpy()
-        self._spans = _spans(self._positions)
-        # Positions are the same in every batch: on the device once.
-        self._meta = meta.to(self.device)
+        # Refuses ranks that are none.
+        self._meta_of()
+        self._moved: tuple[torch.Tensor, torch.Tensor] | None = None
         # One worker: steps are prepared one at a time, in the order asked for, and what it remembers needs no lock.
         self._worker = ThreadPoolExecutor(1, "longctx-data") if prefetch else None
         self._ahead: tuple[int, Future[_HostStep]] | None = None
@@ -262,12 +272,23 @@ class ShardedLoader:
             ShardedBatch(
                 tokens=self._to_device(tokens),
                 labels=self._to_device(labels),
-                meta=replace(self._meta, mask=mask),
+                meta=self._on_device(meta),
                 num_target_tokens=host.num_target_tokens,
                 cursor=cursor,
             )
-            for tokens, labels, mask in host.micro_batches
+            for tokens, labels, meta in host.micro_batches
         ]
+
+    def _meta(self, mask: AttentionMask) -> SequenceMeta:
+        """Where this rank's tokens of a micro-batch with that mask stand; on the CPU."""
+        # Fitted to what the model will attend with, which is less than the documents show.
+        return replace(self._meta_of(mask=mask & self._window, layout=self.layout), mask=mask)
+
+    def _on_device(self, meta: SequenceMeta) -> SequenceMeta:
+        if self._moved is None or not torch.equal(self._moved[0], meta.positions):
+            # Mostly the same in every batch: on the device once.
+            self._moved = (meta.positions, meta.to(self.device).positions)
+        return replace(meta, positions=self._moved[1])
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -284,33 +305,39 @@ class ShardedLoader:
         targets = sum(self._num_targets(self.sample_index(n)) for n in range(cursor, cursor + self.samples_per_step))
         return _HostStep(micro_batches, targets)
 
-    def _read_micro_batch(self, cursors: range) -> tuple[np.ndarray, np.ndarray, AttentionMask]:
-        shape = (len(cursors), len(self._positions))
-        tokens, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
-        boundaries = []
-        for row, cursor in enumerate(cursors):
-            start = self.sample_index(cursor) * self.seq_len
-            ends = self.dataset.document_ends(start, start + self.seq_len) - start
-            self._read_shard(start, tokens[row], labels[row])
+    def _read_micro_batch(self, cursors: range) -> tuple[np.ndarray, np.ndarray, SequenceMeta]:
+        starts = [self.sample_index(cursor) * self.seq_len for cursor in cursors]
+        ends = [self.dataset.document_ends(start, start + self.seq_len) - start for start in starts]
+        meta = self._meta(self._mask(ends))
+        positions = meta.positions.numpy()
+        # Padding stands at the end.
+        positions = positions[: np.searchsorted(positions, self.seq_len)]
+        tokens = np.full((len(cursors), meta.local_len), PADDING_TOKEN, np.int64)
+        labels = np.full((len(cursors), meta.local_len), NO_TARGET, np.int64)
+        for row, start in enumerate(starts):
+            self._read_shard(start, positions, tokens[row], labels[row])
             if self.mask_documents:
                 # An end e means that position e - 1 is the last of its document: it predicts nothing.
-                labels[row, np.isin(self._positions, ends - 1, assume_unique=True)] = NO_TARGET
-                inner = ends[ends < self.seq_len].tolist()
-                boundaries.append((0, *inner, self.seq_len))
-        if not any(len(cu) > 2 for cu in boundaries):
-            # One document each: plain causal says the same, and its schedule is found again in the next step.
-            return tokens, labels, Causal()
-        documents = Documents(boundaries[0] if len(boundaries) == 1 else tuple(boundaries))
-        return tokens, labels, documents & Causal()
+                is_last = np.isin(positions, ends[row] - 1, assume_unique=True)
+                labels[row, : len(positions)][is_last] = NO_TARGET
+        return tokens, labels, meta
 
-    def _read_shard(self, start: int, tokens: np.ndarray, labels: np.ndarray) -> None:
-        for first, last in self._spans:
-            lo, hi = int(self._positions[first]), int(self._positions[last - 1]) + 1
+    def _mask(self, ends: list[np.ndarray]) -> AttentionMask:
+        """Of sequences whose documents end there."""
+        rows = [(0, *row[row < self.seq_len].tolist(), self.seq_len) for row in ends]
+        if not self.mask_documents or not any(len(cu) > 2 for cu in rows):
+            # One document each: plain causal says the same, and its schedule is found again in the next step.
+            return Causal()
+        return Documents(rows[0] if len(rows) == 1 else tuple(rows)) & Causal()
+
+    def _read_shard(self, start: int, positions: np.ndarray, tokens: np.ndarray, labels: np.ndarray) -> None:
+        for first, last in _spans(positions):
+            lo, hi = int(positions[first]), int(positions[last - 1]) + 1
             stream = self.dataset.read(start + lo, start + hi + 1).astype(np.int64)
             if len(stream) == hi - lo:
                 # The very last token of the stream has none after it.
                 stream = np.append(stream, NO_TARGET)
-            local = self._positions[first:last] - lo
+            local = positions[first:last] - lo
             tokens[first:last] = stream[local]
             labels[first:last] = stream[local + 1]
 
@@ -328,12 +355,14 @@ class ShardedLoader:
 
 @dataclass(frozen=True)
 class _HostStep:
-    micro_batches: list[tuple[np.ndarray, np.ndarray, AttentionMask]]
+    micro_batches: list[tuple[np.ndarray, np.ndarray, SequenceMeta]]
     num_target_tokens: int
 
 
 def _spans(positions: np.ndarray) -> list[tuple[int, int]]:
     """Half-open runs of indices into `positions` whose positions lie close enough to be read as one slice."""
+    if not len(positions):
+        return []
     cuts = np.flatnonzero(np.diff(positions) > _READ_GAP) + 1
     edges = [0, *cuts.tolist(), len(positions)]
     return list(itertools.pairwise(edges))

@@ -8,14 +8,15 @@ import os
 import string
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from longctx.errors import ConfigError, LongCtxError, PlanError
-from longctx.layout import LAYOUTS, SequenceLayout, get_layout
+from longctx.balance import ring_time, tile_work
+from longctx.errors import ConfigError, LongCtxError
+from longctx.layout import LAYOUTS, Auto, SequenceLayout, SequenceMeta, get_layout, layout_names
 from longctx.masks import AttentionMask, Causal, Documents, Full, PrefixLM, SlidingWindow
 from longctx.settings import parse_size
 
@@ -28,25 +29,62 @@ _COLOURS = (117, 216, 151, 222, 183, 210, 159, 187)
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """One layout under one mask: what is drawn of it, as numbers."""
+    """One layout under one mask: what is drawn of it, as numbers.
+
+    Args:
+        layout: one that fits masks is fitted to `mask`.
+        ring, ulysses: ranks of the ring, and those that each of them is. The latter divide its work evenly, by heads.
+        seq_len: any; padded as `SequenceMeta` does.
+    """
 
     layout: SequenceLayout
     mask: AttentionMask
     ring: int
     seq_len: int
+    ulysses: int = 1
+
+    @cached_property
+    def metas(self) -> list[SequenceMeta]:
+        """Of all ranks, in the order ring_rank * ulysses + ulysses_rank."""
+        return [
+            SequenceMeta.of(
+                self.seq_len,
+                mask=self.mask,
+                layout=self.layout,
+                ring_rank=r,
+                ring_world=self.ring,
+                ulysses_rank=u,
+                ulysses_world=self.ulysses,
+            )
+            for r, u in itertools.product(range(max(1, self.ring)), range(max(1, self.ulysses)))
+        ]
+
+    @property
+    def ranks(self) -> int:
+        """Of ring and Ulysses together."""
+        return self.ring * self.ulysses
 
     @cached_property
     def owner(self) -> torch.Tensor:
         """int64 [S]: the rank that holds each position."""
-        owner = torch.empty(self.seq_len, dtype=torch.int64)
-        for rank in range(self.ring):
-            owner[self.layout.positions(rank, self.ring, self.seq_len)] = rank
-        return owner
+        owner = torch.empty(self.metas[0].padded_len, dtype=torch.int64)
+        for rank, meta in enumerate(self.metas):
+            owner[meta.positions] = rank
+        return owner[: self.seq_len]
 
     @cached_property
     def work(self) -> torch.Tensor:
-        """int64 [ring, ring]: visible pairs of each rank at each hop."""
-        return self.layout.balance(self.mask, self.ring, self.seq_len)
+        """int64 [ring, ring]: visible pairs of each ring rank at each hop."""
+        meta = self.metas[0]
+        return meta.layout.balance(meta.padded_mask, self.ring, meta.padded_len)
+
+    @cached_property
+    def time(self) -> float:
+        """What `Auto` compares: the ring's time in tiles and messages, over an even share of the visible pairs."""
+        meta = self.metas[0]
+        shards = [meta.layout.positions(rank, self.ring, meta.padded_len) for rank in range(self.ring)]
+        time = ring_time(*tile_work(meta.padded_mask, shards, meta.padded_len), meta.mask.batch or 1)
+        return time * self.ring / max(1, int(self.work.sum()))
 
     @property
     def shares(self) -> torch.Tensor:
@@ -71,26 +109,28 @@ class Drawing:
     def bar(self, width: int, colour: bool) -> str:
         """The positions as one line of `width` marks, each the rank that holds most of its piece; `~` where none does.
 
-        Where there is a `~`, a second line shows the first positions one by one.
+        Where there is a `~`, a second line shows who holds the first runs of positions, one by one.
         """
         width = min(width, self.seq_len)
         piece = torch.arange(self.seq_len) * width // self.seq_len
-        held = torch.bincount(piece * self.ring + self.owner, minlength=width * self.ring).view(width, self.ring)
+        held = torch.bincount(piece * self.ranks + self.owner, minlength=width * self.ranks).view(width, self.ranks)
         most, rank = held.max(1)
         ranks: list[int | None] = [
             r if 2 * m > n else None for r, m, n in zip(*map(_list, (rank, most, held.sum(1))), strict=True)
         ]
         lines = [_marks(ranks, colour)]
         if None in ranks:
-            lines.append(f"~ ranks take turns; the first positions: {_marks(_list(self.owner[:32]), colour)}")
+            runs = torch.unique_consecutive(self.owner)[:32]
+            lines.append(f"~ ranks take turns; the first runs of positions: {_marks(_list(runs), colour)}")
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """Imbalance and dead hops in words."""
+        """Imbalance, dead hops and padding in words."""
         dead = ", ".join(map(str, self.dead_hops)) or "none"
+        padding = self.metas[0].padded_len - self.seq_len
         return (
             f"slowest rank / mean {self.imbalance:.2f}; waiting at every hop {self.step_imbalance:.2f}; "
-            f"dead hops: {dead}"
+            f"in tiles and with messages {self.time:.2f}; dead hops: {dead}" + f"; padding: {padding:_}" * bool(padding)
         )
 
     def table(self) -> str:
@@ -111,8 +151,20 @@ class Drawing:
 
     def text(self, width: int, colour: bool) -> str:
         """Bar, table and summary."""
-        title = f"{self.layout.name}, ring {self.ring}, {self.seq_len:_} tokens, {describe(self.mask)}"
-        return "\n".join([title, "", self.bar(width, colour), "", self.table(), "", self.summary()])
+        fitted = self.metas[0].layout.name
+        name = self.layout.name + f" ({fitted})" * (fitted != self.layout.name)
+        lines = [f"{name}, {self.place()}", "", self.bar(width, colour), "", self.table(), "", self.summary()]
+        if self.ulysses > 1:
+            first = ", ".join(_mark(rank) for rank in range(self.ulysses)) if self.ranks <= len(MARKS) else "..."
+            lines.append(
+                f"rows are ring ranks; the {self.ulysses} Ulysses ranks of each ({first} of the first) do equal parts"
+            )
+        return "\n".join(lines)
+
+    def place(self) -> str:
+        """Degrees, length and mask in words."""
+        ulysses = f" x ulysses {self.ulysses}" if self.ulysses > 1 else ""
+        return f"ring {self.ring}{ulysses}, {self.seq_len:_} tokens, {describe(self.mask)}"
 
 
 def _list(x: torch.Tensor) -> list[int]:
@@ -150,13 +202,12 @@ def describe(mask: AttentionMask) -> str:
     return " and ".join(map(describe, parts)) if parts else type(mask).__name__.lower()
 
 
-def comparison(drawings: Sequence[Drawing], refused: dict[str, str], width: int, colour: bool) -> str:
-    """All layouts of one mask, a bar and a line each."""
+def comparison(drawings: Sequence[Drawing], width: int, colour: bool) -> str:
+    """All layouts of one mask, a bar and a line each, and which of them "auto" takes."""
     first = drawings[0]
-    blocks = [f"ring {first.ring}, {first.seq_len:_} tokens, {describe(first.mask)}"]
-    blocks += [f"{d.layout.name}\n{d.bar(width, colour)}\n{d.summary()}" for d in drawings]
-    blocks += [f"{name}: {why}" for name, why in refused.items()]
-    return "\n\n".join(blocks)
+    blocks = [first.place(), *(f"{d.layout.name}\n{d.bar(width, colour)}\n{d.summary()}" for d in drawings)]
+    taken = replace(first, layout=Auto()).metas[0].layout.name
+    return "\n\n".join([*blocks, f"auto takes {taken}"])
 
 
 def picture(drawings: Sequence[Drawing], path: Path) -> None:
@@ -172,13 +223,13 @@ def picture(drawings: Sequence[Drawing], path: Path) -> None:
         raise ConfigError("--png needs matplotlib: pip install 'longctx[plot]'") from error
     first = drawings[0]
     figure = Figure(figsize=(10, 0.6 + 1.7 * len(drawings)), layout="constrained")
-    figure.suptitle(f"{first.seq_len:_} tokens on a ring of {first.ring}, {describe(first.mask)}")
+    figure.suptitle(first.place())
     tops = figure.subplots(len(drawings), 2, squeeze=False, width_ratios=(2, 1))
     scale = max(float(d.shares.max()) for d in drawings)
     for (left, right), d in zip(tops, drawings, strict=True):
         left.imshow(
             d.owner[None].numpy(), aspect="auto", interpolation="nearest", extent=(0, d.seq_len, 0, 1),
-            cmap=colormaps["tab10" if d.ring <= 10 else "turbo"], vmin=0, vmax=max(9, d.ring - 1),
+            cmap=colormaps["tab10" if d.ranks <= 10 else "turbo"], vmin=0, vmax=max(9, d.ranks - 1),
         )  # fmt: skip
         # A label in the middle of every run, as long as they can be told apart.
         ends = [0, *(d.owner.diff().nonzero().flatten() + 1).tolist(), d.seq_len]
@@ -242,7 +293,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="longctx layout", description=__doc__.splitlines()[0])
     p.add_argument("--seq-len", type=_size, default=65536, metavar="N", help="tokens of the whole sequence (64k)")
     p.add_argument("--ring", type=int, default=4, metavar="N", help="ranks of the ring (4)")
-    p.add_argument("--layout", default="zigzag", help=f"{', '.join(LAYOUTS)} (zigzag)")
+    p.add_argument("--ulysses", type=int, default=1, metavar="N", help="Ulysses ranks that each ring rank is (1)")
+    p.add_argument("--layout", default="zigzag", help=f"{', '.join(layout_names())} (zigzag)")
     p.add_argument("--compare", action="store_true", help="all layouts instead of one")
     p.add_argument("--mask", choices=["causal", "full"], help="who sees whom (causal)")
     p.add_argument("--window", type=_size, metavar="N", help="and only within N positions")
@@ -260,21 +312,13 @@ def run(args: argparse.Namespace) -> int:
     if args.width < 1:
         raise ConfigError(f"--width {args.width}: a bar has at least 1 character")
     mask = mask_of(args)
-    drawings, refused = [], {}
-    for layout in LAYOUTS.values() if args.compare else [get_layout(args.layout)]:
-        try:
-            layout.check(args.ring, args.seq_len)
-        except PlanError as error:
-            if not args.compare:
-                raise
-            refused[layout.name] = str(error)
-        else:
-            drawings.append(Drawing(layout=layout, mask=mask, ring=args.ring, seq_len=args.seq_len))
-    if not drawings:
-        raise PlanError("no layout can cut this sequence:\n" + "\n".join(refused.values()))
+    drawings = [
+        Drawing(layout=layout, mask=mask, ring=args.ring, seq_len=args.seq_len, ulysses=args.ulysses)
+        for layout in (LAYOUTS.values() if args.compare else [get_layout(args.layout)])
+    ]
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if args.compare:
-        print(comparison(drawings, refused, args.width, colour))
+        print(comparison(drawings, args.width, colour))
     else:
         print(drawings[0].text(args.width, colour))
     if args.png:

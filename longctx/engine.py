@@ -11,7 +11,7 @@ import io
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from longctx.errors import ConfigError, DataError, DistributedError, NonFiniteEr
 from longctx.optim import OptimConfig, lr_at, parameter_groups
 from longctx.parallel.slices import parameter_slices
 from longctx.parallel.tensor import gather_slices, split_by_cut
+from longctx.telemetry import StepTelemetry, tells
 
 if TYPE_CHECKING:
     from longctx.data import ShardedBatch
@@ -41,11 +42,14 @@ class StepResult:
         loss: mean nats per target token over the whole step, all processes and micro-batches.
         grad_norm: of the whole gradient, before clipping.
         lr: the learning rate that was used.
+        telemetry: of its attention; None unless the mesh's journal is measuring. Over all stages of a pipeline, so that its
+            imbalance is also that of the stages; of tp ranks, which share heads evenly, over those with this one's place.
     """
 
     loss: float
     grad_norm: float
     lr: float
+    telemetry: StepTelemetry | None = None
 
 
 def scaled_loss(
@@ -129,7 +133,7 @@ class TrainEngine:
     def train_step(self, step: int, micro_batches: Sequence[ShardedBatch]) -> StepResult:
         """One optimizer step over `accumulation_steps` micro-batches.
 
-        Costs two small collectives beside DeepSpeed's own: the loss, and the norm.
+        Costs two small collectives beside DeepSpeed's own, the loss and the norm; a third with telemetry.
 
         Args:
             step: from 0; it sets the learning rate.
@@ -142,13 +146,20 @@ class TrainEngine:
             DistributedError: the processes do not agree about the step.
         """
         loss = self.accumulate(step, micro_batches)
-        return self.update(step, loss, cursor=micro_batches[0].cursor)
+        accounts, journal = None, self.mesh.journal
+        if journal.is_measuring:
+            # The loss has come to the host, so all attention of the step is over: no measurement is waited for.
+            accounts = self._gather(torch.tensor(tells(journal.take()), dtype=torch.float64, device=self.mesh.device))
+        result = self.update(step, loss, cursor=micro_batches[0].cursor)
+        # The norm has come to the host since, so these have too.
+        return result if accounts is None else replace(result, telemetry=StepTelemetry.of(accounts.tolist()))
 
     def accumulate(self, step: int, micro_batches: Sequence[ShardedBatch]) -> float:
         """The first half of `train_step`: forward and backward. Returns the mean loss; `gradients` can be read after it."""
         expected = self.config.accumulation_steps
         assert len(micro_batches) == expected, f"{len(micro_batches)} micro-batches for {expected} accumulation steps"
         self.ds.train()
+        self.mesh.journal.discard()
         first = micro_batches[0]
         if not first.num_target_tokens:
             raise DataError(

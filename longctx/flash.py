@@ -1,8 +1,7 @@
 """flash-attention's functions, on the kernels of this library: the same names, order and meaning of arguments.
 
 Code written for flash-attention 2 runs by importing from here. Differences: every floating dtype, CPUs, gradients through
-softmax_lse; rows that see nothing have softmax_lse -inf, not +inf; the backward is always deterministic; dropout, ALiBi and
-paged keys are refused.
+softmax_lse; rows that see nothing have softmax_lse -inf, not +inf; dropout, ALiBi and paged keys are refused.
 """
 
 from __future__ import annotations
@@ -23,6 +22,9 @@ from longctx.parallel.schedule import CACHED_SCHEDULES, pack_hops
 from longctx.shapes import check_shapes
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
+
+# Kernels whose backward sums dq in the order in which programs finish.
+_NOT_DETERMINISTIC = ("cudnn", "flash4", "hopper")
 
 
 @_disable_dynamo
@@ -55,7 +57,7 @@ def flash_attn_func(
         window_size: how many keys a query sees to the left and to the right of its place; a negative one is no limit.
         softcap: bends the scores s to softcap * tanh(s / softcap); 0 leaves them.
         alibi_slopes: must be None.
-        deterministic: accepted; the backward always is, on every kernel but cuDNN's, which True leaves out.
+        deterministic: leave out kernels whose backward sums in no fixed order.
         return_attn_probs: return softmax_lse too.
         kernel: not flash-attention's: "auto", or a name from `longctx.kernels.kernel_names`.
 
@@ -200,8 +202,8 @@ def _attend(
     if not b * h * d:
         raise ShapeError(f"nothing to attend to: q has shape {list(q.shape)}")
     scale = 1 / math.sqrt(d) if softmax_scale is None else float(softmax_scale)
-    if deterministic and kernel == "cudnn":
-        raise KernelError("deterministic=True, but cuDNN's backward is not; use kernel 'auto' or 'triton'")
+    if deterministic and kernel in _NOT_DETERMINISTIC:
+        raise KernelError(f"deterministic=True, but the backward of {kernel!r} is not; use kernel 'auto' or 'triton'")
     if deterministic and kernel == "auto":
         able = get_kernel("triton").supports(device=q.device, dtype=q.dtype, head_dim=d, kind="full", softcap=softcap)
         kernel = "triton" if able is None else "reference"

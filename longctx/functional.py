@@ -177,7 +177,7 @@ def ring_attention(
     the result: three blocks of K/V, one of which is kept for the backward pass.
 
     Args:
-        q: "b s h d", this rank's shard; s = meta.seq_len / mesh.ring.size.
+        q: "b s h d", this rank's shard, in the order of `meta.positions`; s = meta.local_len, padding included.
         k, v: "b s hk d", likewise.
         meta: where the shard stands in the sequence, and who sees whom; of a whole ring shard, not one cut for Ulysses.
         mesh: holds the ring; must live until the backward pass is done.
@@ -191,7 +191,7 @@ def ring_attention(
     Raises:
         ShapeError: as `attention`; or the shard is not the one that `meta` describes, or `meta` is not of this mesh.
         KernelError: as `attention`.
-        DistributedError: another rank of the ring died or did not answer in time.
+        DistributedError: another rank of the ring died or did not answer in time, or is about to attend differently.
 
     Source: Liu et al. 2023 (arXiv 2310.01889).
     """
@@ -201,7 +201,16 @@ def ring_attention(
             f"{mesh.prefix} meta is of a part of a ring shard, cut over {meta.ulysses_world} Ulysses ranks\n"
             "       use context_parallel_attention, which puts the ring shard together first"
         )
+    _check_agreement(q, k, v, meta, mesh)
     return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, return_lse)
+
+
+def _check_agreement(q: Tensor, k: Tensor, v: Tensor, meta: SequenceMeta, mesh: ParallelMesh) -> None:
+    """Before the first message: whether the ranks that share the sequence are about to send the same ones."""
+    if mesh.sp.size > 1:
+        _check_local(check_block(q, k, v), meta.padded_mask, meta.ring_world * meta.ulysses_world, meta.padded_len)
+        schedule = RingSchedule.build(meta.padded_mask, meta.layout, meta.ring_rank, meta.ring_world, meta.padded_len)
+        mesh.agreement.check(schedule, q, k)
 
 
 def _check_ring(meta: SequenceMeta, mesh: ParallelMesh) -> None:
@@ -230,17 +239,17 @@ def _over_ring(
         q,
         k,
         v,
-        meta.mask,
+        meta.padded_mask,
         meta.layout,
         meta.ring_rank,
         meta.ring_world,
-        meta.seq_len,
+        meta.padded_len,
         scale,
         softcap,
         sinks,
         kernel,
         return_lse,
-        exchange=mesh.exchange.handle,
+        exchange=mesh.ring_handle,
     )
 
 
@@ -266,8 +275,8 @@ def ulysses_attention(
     them. Memory while it runs: q, k, v and out once more.
 
     Args:
-        q: "b s h d", this rank's shard; s = meta.seq_len / (mesh.ring.size * mesh.ulysses.size). h is a multiple of
-            mesh.ulysses.size.
+        q: "b s h d", this rank's shard, in the order of `meta.positions`; s = meta.local_len, padding included. h is a
+            multiple of mesh.ulysses.size.
         k, v: "b s hk d", likewise; hk is a multiple or a divisor of mesh.ulysses.size. Fewer key heads than ranks are
             repeated for the exchange, and their gradients summed.
         meta: where the shard stands in the sequence, and who sees whom.
@@ -282,7 +291,7 @@ def ulysses_attention(
     Raises:
         ShapeError: as `ring_attention`; or the heads cannot be divided.
         KernelError: as `attention`.
-        DistributedError: another rank died or did not answer in time.
+        DistributedError: another rank died or did not answer in time, or is about to attend differently.
 
     Source: Jacobs et al. 2023 (arXiv 2309.14509); around a ring, Fang and Zhao 2024 (arXiv 2405.07719).
     """
@@ -293,16 +302,17 @@ def ulysses_attention(
             f"ulysses rank {mesh.ulysses.rank} of {mesh.ulysses.size}\n"
             "       make it with SequenceMeta.of(..., ulysses_rank=mesh.ulysses.rank, ulysses_world=mesh.ulysses.size)"
         )
-    world, exchange = mesh.ulysses.size, mesh.head_exchange.handle
+    world, exchange = mesh.ulysses.size, mesh.head_handle
     axes = check_block(q, k, v)
     # All that can be wrong is said before the first message, with the numbers that the caller knows.
-    _check_local(axes, meta.mask, meta.ring_world * world, meta.seq_len)
+    _check_local(axes, meta.padded_mask, meta.ring_world * world, meta.padded_len)
     if problems := ulysses_problems(axes["h"], axes["hk"], ulysses=world, ring=meta.ring_world):
         raise ShapeError(format_problems(f"the heads of q {list(q.shape)} and k {list(k.shape)}", problems))
     if sinks is not None:
         check_sinks(sinks, q)
         # Rank j attends with the j-th share of the heads.
         sinks = sinks.unflatten(0, (world, -1))[mesh.ulysses.rank]
+    _check_agreement(q, k, v, meta, mesh)
     q, k, v = to_heads(q, k, v, world=world, exchange=exchange)
     result = _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, return_lse)
     out, lse = result if isinstance(result, tuple) else (result, None)

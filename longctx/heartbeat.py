@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -20,9 +21,10 @@ class Heartbeat:
 
     Args:
         count: grows with each beat.
-        step, phase: where its main thread is; `age` seconds since either changed.
+        step, phase: where its main thread is; `age` seconds since either changed or a message was the last to arrive.
         marks: how often they changed. Ranks run the same program: the one with the fewest is the one others wait for.
         where: innermost line of this package that its main thread is in.
+        call, message, is_waiting, messages: where it is in its communication: `longctx.parallel.journal.Standing`.
         host, pid, born: its process, so that a rank of the same machine sees its death at once.
         is_done: it has finished; its silence from now on is no sign of death.
     """
@@ -33,10 +35,19 @@ class Heartbeat:
     marks: int = 0
     age: float = 0.0
     where: str = ""
+    call: int = 0
+    message: int = 0
+    is_waiting: bool = False
+    messages: str = ""
     host: str = ""
     pid: int = 0
     born: str = ""
     is_done: bool = False
+
+    @property
+    def order(self) -> tuple[int, int, int, bool]:
+        """How far it has come; the least of all ranks is the one that the others wait for."""
+        return (self.marks, self.call, self.message, self.is_waiting)
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,24 @@ class Verdict:
     host: str
     wants_stacks: bool = False
     culprit: int | None = None
+
+
+def tell_standings(
+    beats: Mapping[int, Heartbeat], *, name_of: Callable[[int], str], silent_s: Mapping[int, float], patience_s: float
+) -> list[str]:
+    """A line about where each rank stands, and one about its messages where it has sent any.
+
+    Args:
+        silent_s: for how long nothing was heard of a rank; told where it is more than `patience_s`.
+    """
+    lines = []
+    for r, b in sorted(beats.items()):
+        silence = silent_s.get(r, 0.0)
+        heard = f", last heard {silence:.0f} s ago" if silence > patience_s else ""
+        lines.append(f"  rank {r} ({name_of(r)}): step {b.step}, {b.phase} for {b.age:.0f} s, in {b.where}{heard}")
+        if b.messages:
+            lines.append(f"    {b.messages}")
+    return lines
 
 
 def is_communication_error(error: BaseException) -> bool:

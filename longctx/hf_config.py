@@ -176,6 +176,12 @@ def to_hf_config(
             "no family of transformers that we export has model.qkv_bias and model.qk_norm together\n"
             "       Qwen2 has qkv_bias, Qwen3 has qk_norm"
         )
+    for name, family in (("softcap", "Gemma 2"), ("sinks", "gpt-oss")):
+        if getattr(config, name):
+            raise CheckpointError(
+                f"no family of transformers that we export has model.{name} = {getattr(config, name)}\n"
+                f"       {family} has it, beside much that this model has not"
+            )
     scaling = config.rope_scaling
     if max_position is None:
         if scaling is None:

@@ -42,7 +42,10 @@ def sections() -> Iterator[tuple[str, list[str]]]:
     yield "devices", _devices()
     yield "process backends", [_line(name, "yes" if there else "no") for name, there in _backends().items()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    yield f"attention kernels on {device.type}, in the order in which kernel = auto tries them", _kernels(device)
+    yield (
+        f"attention kernels on {device.type}, in the order of kernel = auto where nothing was measured",
+        _kernels(device),
+    )
     yield "fused operations", [_line("liger-kernel", _fused(device))]
     yield "caches", _caches()
 

@@ -298,6 +298,15 @@ class KeyRange:
             )
         return self._per_device[key]
 
+    def pairs(self, batch: int, sq: int, sk: int) -> int:
+        """Visible (query, key) pairs of `batch` sequences together. Remembered."""
+        key = ("pairs", sq, sk)
+        if key not in self._per_device:
+            lo, hi = self.bounds(sq, sk)
+            self._per_device[key] = (int((hi - lo).sum(dtype=torch.int64)), lo.shape[0])
+        total, told_apart = self._per_device[key]
+        return total * batch // told_apart
+
     def transposed(self, sq: int, sk: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """For each key, the rows `[first, last)` that see it: int32 [1 or b, sk] each, never decreasing. Cached per device.
 

@@ -13,13 +13,14 @@ import re
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from longctx.errors import ConfigError, Problem
+from longctx.telemetry import StepTelemetry, mean_telemetry
 
 if TYPE_CHECKING:
     from longctx.data import ShardedLoader
@@ -51,12 +52,15 @@ class LogConfig:
 
     Args:
         every: steps between two records.
+        telemetry: measure, in each step, what attention and its communication take; a few CUDA events for each message
+            and one small collective a step.
         progress: a live bar, plain lines, or nothing; "auto": a bar on a terminal, lines elsewhere.
         wandb: "offline" writes a folder for `wandb sync` and needs no network; "online" needs `wandb login`.
         project, name: of the wandb run; without a name, that of the run's folder.
     """
 
     every: int = 1
+    telemetry: bool = True
     progress: Literal["auto", "bar", "plain", "off"] = "auto"
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "longctx"
@@ -140,6 +144,7 @@ class Rates:
         tokens_per_second: all ranks together.
         tflops: TFLOP/s of one rank, counting what the mask shows; `tflops_dense` counting half the matrix.
         mfu, mfu_dense: the same as a part of the device's peak; None where that is not known.
+        telemetry: of attention and its communication; None where it was not measured.
     """
 
     seconds: float
@@ -150,6 +155,18 @@ class Rates:
     tflops_dense: float
     mfu: float | None
     mfu_dense: float | None
+    telemetry: StepTelemetry | None = None
+
+    @property
+    def exposed_comm_share(self) -> float | None:
+        """The part of a step in which compute stood still for messages of attention; None where it was not measured."""
+        return None if self.telemetry is None else self.telemetry.exposed_comm_ms / 1e3 / max(self.seconds, 1e-9)
+
+    def record(self) -> dict[str, Any]:
+        """All of it in one flat dict, as it is kept."""
+        flat = asdict(self)
+        told = flat.pop("telemetry")
+        return flat if told is None else flat | told | {"exposed_comm_share": self.exposed_comm_share}
 
 
 @dataclass
@@ -160,6 +177,7 @@ class _Sum:
     tokens: int = 0
     flops: int = 0
     flops_dense: int = 0
+    telemetry: list[StepTelemetry] = field(default_factory=list)
 
 
 class Meter:
@@ -180,7 +198,9 @@ class Meter:
         self._window = _Sum()
         self._all = _Sum()
 
-    def add(self, work: StepWork, *, seconds: float, data_seconds: float) -> None:
+    def add(
+        self, work: StepWork, *, seconds: float, data_seconds: float, telemetry: StepTelemetry | None = None
+    ) -> None:
         """One more step: `seconds` in all, of which `data_seconds` were spent waiting for data."""
         self._seen += 1
         for total in (self._window, self._all) if self._seen > self.warmup else (self._window,):
@@ -190,6 +210,8 @@ class Meter:
             total.tokens += work.tokens
             total.flops += self.shape.train_flops(work.tokens, work.area)
             total.flops_dense += self.shape.train_flops(work.tokens, work.dense_area)
+            if telemetry is not None:
+                total.telemetry.append(telemetry)
 
     def window(self) -> Rates:
         """The steps since the last call; there must be one."""
@@ -214,6 +236,7 @@ class Meter:
             tflops_dense=dense / 1e12,
             mfu=flops / self.peak if self.peak else None,
             mfu_dense=dense / self.peak if self.peak else None,
+            telemetry=mean_telemetry(total.telemetry) if total.telemetry else None,
         )
 
 

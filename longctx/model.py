@@ -74,6 +74,8 @@ class ModelConfig:
         qkv_bias: biases on the query, key and value projections.
         qk_norm: an RMSNorm over each head of q and k, before RoPE.
         sliding_window: keys that a query sees, its own included, of those that the batch's mask shows; None: all.
+        softcap: bends attention's scores s to softcap * tanh(s / softcap), as in Gemma 2; 0 leaves them.
+        sinks: in each layer a learned logit a head that joins every row's softmax and has no value, as in gpt-oss.
         init_std: of the normal distribution that weights start from; projections into the residual start from
             `init_std / sqrt(2 * num_layers)`.
 
@@ -94,6 +96,8 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    softcap: float = 0.0
+    sinks: bool = False
     init_std: float = 0.02
 
     @property
@@ -124,6 +128,8 @@ class ModelConfig:
         for name, least in (("rope_theta", 1.0), ("norm_eps", 0.0), ("init_std", 0.0)):
             if not getattr(self, name) > least:
                 found.append(Problem(f"model.{name} = {getattr(self, name)} must be greater than {least:g}"))
+        if not (math.isfinite(self.softcap) and self.softcap >= 0):
+            found.append(Problem(f"model.softcap = {self.softcap} must be above 0, or 0 for none"))
         if not found:
             found += self._head_problems()
         return found + (self.rope_scaling.problems() if self.rope_scaling is not None else [])
@@ -161,6 +167,7 @@ class ModelConfig:
         attention = 2 * e * h * d + 2 * e * hk * d
         attention += (h + 2 * hk) * d if self.qkv_bias else 0
         attention += 2 * d if self.qk_norm else 0
+        attention += h if self.sinks else 0
         per_layer = attention + 3 * e * f + 2 * e
         embeddings = self.vocab_size * e * (1 if self.tie_embeddings else 2)
         return ModelShape(
@@ -271,7 +278,11 @@ class _Decoder(nn.Module):
         table = VocabularyEmbedding(config.vocab_size, config.hidden_size, TensorParallel.of(mesh))
         self.embed_tokens = made("model.embed_tokens", table)
         self.layers = nn.ModuleList(
-            made(f"model.layers.{i}", DecoderLayer(config, mesh, kernel, fused)) for i in range(config.num_layers)
+            made(
+                f"model.layers.{i}",
+                DecoderLayer(config, None if mesh is None else mesh.for_layer(i), kernel, fused),
+            )
+            for i in range(config.num_layers)
         )
         norm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused, tensor=TensorParallel.of(mesh).of_norms)
         self.norm = made("model.norm", norm)
@@ -330,7 +341,8 @@ class _Attention(nn.Module):
         # Of all heads alike, so every rank has them whole, and their gradient is the sum over the ranks' heads.
         self.q_norm = RMSNorm(d, config.norm_eps, fused=fused, tensor=tensor) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config.norm_eps, fused=fused, tensor=tensor) if config.qk_norm else None
-        self.attention = ParallelAttention(mesh, kernel=kernel)
+        self.sinks = tensor.cut(nn.Parameter(torch.empty(h)), 0) if config.sinks else None
+        self.attention = ParallelAttention(mesh, kernel=kernel, softcap=config.softcap)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meta: SequenceMeta) -> torch.Tensor:
         x = self.tensor.enter(x)
@@ -339,7 +351,7 @@ class _Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, k, cos, sin, fused=self.fused)
-        out = self.o_proj(self.attention(q, k, v, meta).flatten(2))
+        out = self.o_proj(self.attention(q, k, v, meta, sinks=self.sinks).flatten(2))
         return self.tensor.leave(out, keep=True)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from longctx.broken import broken
 from longctx.comparison import FLOORS, Comparison, Tally
-from longctx.data import NO_TARGET, ShardedBatch
+from longctx.data import NO_TARGET, PADDING_TOKEN, ShardedBatch
 from longctx.engine import EngineConfig, TrainEngine, build_engine
 from longctx.functional import context_parallel_attention
 from longctx.layout import SequenceMeta
@@ -45,7 +45,7 @@ class ParityCase:
 
     Args:
         plan: resolved.
-        seq_len: whole length; a multiple of what the layout needs.
+        seq_len: whole length, any.
         mask_documents: the sequences are packed documents.
         device_type: cpu or cuda.
         twins: names of mistakes, each compared after the right code; see `longctx.broken`.
@@ -129,10 +129,12 @@ def make_step(case: ParityCase, device: torch.device) -> FullStep:
             ring_world=plan.ring,
             ulysses_rank=ulysses_rank,
             ulysses_world=plan.ulysses,
+            local_multiple=plan.local_multiple,
         ).positions
         for ring_rank in range(plan.ring)
         for ulysses_rank in range(plan.ulysses)
     ]
+    shards = [positions[positions < case.seq_len] for positions in shards]
     for positions in shards:
         last = torch.cat([positions[:-1][positions.diff() > 1], positions[-1:]])
         if 4 * len(last) <= len(positions):
@@ -178,7 +180,8 @@ def shard_step(full: FullStep, mesh: ParallelMesh) -> list[ShardedBatch]:
     for of_dp in full:
         batch = of_dp[mesh.dp.rank]
         meta = _meta_on(mesh, batch.meta.seq_len, batch.meta.mask)
-        mine.append(replace(batch, tokens=meta.shard(batch.tokens), labels=meta.shard(batch.labels), meta=meta))
+        tokens, labels = meta.shard(batch.tokens, fill=PADDING_TOKEN), meta.shard(batch.labels, fill=NO_TARGET)
+        mine.append(replace(batch, tokens=tokens, labels=labels, meta=meta))
     return mine
 
 
@@ -191,6 +194,7 @@ def _meta_on(mesh: ParallelMesh, seq_len: int, mask: AttentionMask) -> SequenceM
         ring_world=mesh.ring.size,
         ulysses_rank=mesh.ulysses.rank,
         ulysses_world=mesh.ulysses.size,
+        local_multiple=mesh.plan.local_multiple,
         device=mesh.device,
     )
 
@@ -290,7 +294,7 @@ class _AttentionInputs:
         meta = _meta_on(mesh, self.whole[0].shape[1], self.mask)
 
         def cut(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-            return meta.shard(x, dim).contiguous()
+            return meta.shard(x, dim, fill=0.0).contiguous()
 
         q, k, v = (cut(x).requires_grad_() for x in self.whole[:3])
         out, lse = context_parallel_attention(q, k, v, meta=meta, mesh=mesh, kernel=kernel, return_lse=True)
@@ -299,8 +303,10 @@ class _AttentionInputs:
         found = []
         results = zip(self.NAMES, (out, lse, q.grad, k.grad, v.grad), self.exact, self.plain, strict=True)
         for name, ours, exact, plain in results:
-            # lse is "b h s", all others "b s h d".
-            exact, plain = (cut(x, 2 if name == "lse" else 1) for x in (exact, plain))
+            # lse is "b h s", all others "b s h d". What attention makes of padding at the shard's end is nobody's.
+            dim, real = 2 if name == "lse" else 1, int((meta.positions < meta.seq_len).sum())
+            exact, plain = (cut(x, dim).narrow(dim, 0, real) for x in (exact, plain))
+            ours = ours.narrow(dim, 0, real)
             found.append(Comparison("attention", name, Tally.of(ours, exact), Tally.of(plain, exact), floor))
         return found
 

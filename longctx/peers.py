@@ -35,6 +35,7 @@ class Case:
     Args:
         mask: "causal", "full", "window" (causal, `window` keys) or "docs" (causal, packed documents of lognormal length,
             median 4k, sigma 1, the same ones in every run).
+        logits: q is drawn larger, so that the greatest of a row's scores is about this; None: scores of about 1.
     """
 
     batch: int
@@ -44,13 +45,15 @@ class Case:
     head_dim: int
     mask: str = "causal"
     window: int = 4096
+    logits: float | None = None
 
     @property
     def label(self) -> str:
         """The case in words: `4 x 8k, 16/16 heads of 64, causal`."""
         mask = f"window {short(self.window)}" if self.mask == "window" else self.mask
         heads = f"{self.heads}/{self.kv_heads} heads of {self.head_dim}"
-        return f"{self.batch} x {short(self.seq_len)}, {heads}, {mask}"
+        logits = f", logits of {self.logits:g}" if self.logits else ""
+        return f"{self.batch} x {short(self.seq_len)}, {heads}, {mask}{logits}"
 
     @property
     def rule(self) -> AttentionMask:
@@ -76,10 +79,14 @@ class Case:
         """Random q, k, v, dout; the same ones for every implementation."""
         make = torch.Generator(device).manual_seed(0)
         heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads, "dout": self.heads}
-        return {
+        drawn = {
             name: torch.randn(self.batch, self.seq_len, h, self.head_dim, generator=make, device=device, dtype=dtype)
             for name, h in heads.items()
         }
+        if self.logits:
+            # Scores of unit normals are normal too, and the greatest of n such is about sqrt(2 ln n).
+            drawn["q"] *= self.logits / math.sqrt(2 * math.log(max(2, self.seq_len)))
+        return drawn
 
 
 def short(size: int) -> str:
@@ -105,11 +112,13 @@ class Prepared:
     Args:
         parts: further calls worth a row of their own, by metric: "block forward" and "block backward" are a kernel alone,
             without the casts and sums around it.
+        lse: what it returns of the row sums, "b h s" natural log; None: it gives none.
     """
 
     forward: Callable[[], torch.Tensor]
     backward: Callable[[], Gradients]
     parts: dict[str, Callable[[], object]] = field(default_factory=dict)
+    lse: Callable[[], torch.Tensor] | None = None
 
 
 class Contender(ABC):
@@ -171,14 +180,16 @@ class Ours(Contender):
             return dq.to(q.dtype), dk, dv
 
         dq = zeros()
+        backward()
         return Prepared(
             forward=lambda: forward().out.to(q.dtype),
             backward=backward,
+            lse=lambda: forward().lse,
             parts={"block forward": forward, "block backward": lambda: block_backward(delta, dq)},
         )
 
 
-class _Autograd(Contender):
+class Differentiated(Contender):
     """An implementation that torch differentiates: the backward pass runs on one graph, kept."""
 
     def prepare(self, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Prepared:
@@ -193,14 +204,23 @@ class _Autograd(Contender):
             dq, dk, dv = torch.autograd.grad(out, leaves, dout, retain_graph=True)
             return dq, dk, dv
 
-        return Prepared(forward=lambda: attend(*leaves), backward=backward)
+        lse = self.lse(case)
+        return Prepared(
+            forward=lambda: attend(*leaves),
+            backward=backward,
+            lse=None if lse is None else lambda: lse(*(x.detach() for x in leaves)),
+        )
 
     @abstractmethod
     def attend(self, case: Case) -> Callable[..., torch.Tensor]:
         """The differentiable call on "b s h d"."""
 
+    def lse(self, case: Case) -> Callable[..., torch.Tensor] | None:
+        """The call that gives the row sums, "b h s"; None: there is none."""
+        return None
 
-class Sdpa(_Autograd):
+
+class Sdpa(Differentiated):
     """One backend of torch's scaled_dot_product_attention, and no other in its place."""
 
     def __init__(self, name: str, title: str, backend: SDPBackend) -> None:
@@ -225,8 +245,28 @@ class Sdpa(_Autograd):
 
         return attend
 
+    def lse(self, case: Case) -> Callable[..., torch.Tensor] | None:
+        """From the operators below scaled_dot_product_attention, which drops it."""
+        is_causal = case.mask == "causal"
 
-class Flex(_Autograd):
+        def lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            if self.backend == SDPBackend.CUDNN_ATTENTION:
+                got = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                    q, k, v, None, True, 0.0, is_causal, False, scale=case.scale
+                )[1]
+            else:
+                # This one knows no grouped heads by itself.
+                k, v = (x.repeat_interleave(case.heads // case.kv_heads, 1) for x in (k, v))
+                on_gpu = torch.ops.aten._scaled_dot_product_flash_attention
+                on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+                got = (on_gpu if q.is_cuda else on_cpu)(q, k, v, 0.0, is_causal, scale=case.scale)[1]
+            return got.reshape(case.batch, case.heads, case.seq_len)
+
+        return lse
+
+
+class Flex(Differentiated):
     """torch's compiled flex_attention, with the block mask made from the same intervals."""
 
     name, title = "flex", "Flex"
@@ -283,25 +323,46 @@ def flex_block_mask(case: Case, device: torch.device):
     )
 
 
-class FlashAttention4(_Autograd):
+class FlashAttention4(Differentiated):
     """flash-attn-4 (CuTe), where it is installed."""
 
     name, title = "fa4", "FA4"
 
     def attend(self, case: Case) -> Callable[..., torch.Tensor]:
+        call = self._call(case)
+        return lambda q, k, v: call(q, k, v)[0]
+
+    def lse(self, case: Case) -> Callable[..., torch.Tensor] | None:
+        call = self._call(case)
+        return lambda q, k, v: call(q, k, v, return_lse=True)[1].reshape(case.batch, case.heads, case.seq_len)
+
+    def _call(self, case: Case) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """out "b s h d" and whatever else it returns."""
         try:
-            from flash_attn.cute import flash_attn_func
+            from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
         except ImportError as error:
             raise Unavailable(f"flash-attn-4 is not installed ({error})") from error
-        if case.mask == "docs":
-            raise Unavailable("packed documents need its varlen call, whose shapes are others")
-        window = (case.window - 1, 0) if case.mask == "window" else (None, None)
+        options: dict = {"softmax_scale": case.scale, "causal": case.mask != "full"}
+        if case.mask == "window":
+            options["window_size"] = (case.window - 1, 0)
+        if case.mask != "docs":
+            return lambda q, k, v, **more: _as_tuple(flash_attn_func(q, k, v, **options, **more))
+        ends = torch.tensor(_documents(case.seq_len), dtype=torch.int32, device="cuda")
+        longest = int(ends.diff().max())
+        options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            got = flash_attn_func(q, k, v, softmax_scale=case.scale, causal=case.mask != "full", window_size=window)
-            return got[0] if isinstance(got, tuple) else got
+        def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: object) -> tuple[torch.Tensor, ...]:
+            if case.batch != 1:
+                raise Unavailable("packed documents are measured with one sequence")
+            out, *rest = _as_tuple(flash_attn_varlen_func(q[0], k[0], v[0], **options, **more))
+            return out[None], *rest
 
-        return attend
+        return packed
+
+
+def _as_tuple(got: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    # Releases differ in whether out comes alone.
+    return got if isinstance(got, tuple) else (got,)
 
 
 def contenders(ours: tuple[str, ...]) -> list[Contender]:

@@ -171,7 +171,7 @@ def _specs(config: ModelConfig, mesh: ParallelMesh, kernel: str, fused: str) -> 
     """The whole model as DeepSpeed's recipes; only this stage's are made."""
     tensor = TensorParallel.of(mesh)
     e, vocab, eps = config.hidden_size, config.vocab_size, config.norm_eps
-    layers = [LayerSpec(DecoderLayer, config, mesh, kernel, fused) for _ in range(config.num_layers)]
+    layers = [LayerSpec(DecoderLayer, config, mesh.for_layer(i), kernel, fused) for i in range(config.num_layers)]
     norm = LayerSpec(RMSNorm, e, eps, fused=fused, tensor=tensor.of_norms)
     if not config.tie_embeddings:
         embedding = LayerSpec(VocabularyEmbedding, vocab, e, tensor)
@@ -248,7 +248,7 @@ class PipelineTrainEngine(TrainEngine):
 
     @property
     def _told(self) -> tuple[int, ...]:
-        # The ranks of one tp axis have the same numbers.
+        # The ranks of one tp axis have the same losses.
         mesh = self.mesh
         return tuple(rank for rank in range(mesh.world_size) if mesh.plan.coords(rank).tp == mesh.coords.tp)
 

@@ -87,6 +87,7 @@ def choices(
     )
     filled = " (dp: what the other degrees leave)" if config.parallel.dp is None and plan.world_size > 1 else ""
     ring = f", layout {plan.layout}" if plan.ring > 1 else ""
+    ring += f", dk and dv sent in {plan.grad_dtype}" if plan.wire_dtype is not None else ""
     local = place.local_world_size or plan.world_size
     nodes = f", {local} on each machine" if local < plan.world_size else ""
     yield f"plan      {plan} on {plan.world_size} process{'es' * (plan.world_size > 1)}{nodes}{ring}{filled}"
@@ -174,6 +175,8 @@ def open_data(
         ring_world=plan.ring,
         ulysses_rank=coords.ulysses,
         ulysses_world=plan.ulysses,
+        local_multiple=plan.local_multiple,
+        sliding_window=config.model.sliding_window,
         seed=config.data.seed,
         shuffle=config.data.shuffle,
         mask_documents=config.data.mask_documents,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import random
 import select
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +34,19 @@ def tell(text: str) -> None:
     sys.stdout.flush()
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def dump_stacks(path: Path | None, title: str) -> None:
+    """Write the stacks of all threads to `path`, under `title`; None: to stderr. A file that cannot be written is left out."""
+    if path is None:
+        faulthandler.dump_traceback(all_threads=True)
+        return
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as file:
+            file.write(f"{title}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
 
 
 class SignalPipe:

@@ -76,7 +76,8 @@ class Progress:
 
 
 def describe_rates(rates: Rates, *, unit: str) -> list[str]:
-    """Rates as short phrases: tokens, tokens per rank, utilisation (or TFLOP/s where no peak is known), data wait."""
+    """Rates as short phrases: tokens, tokens per rank, utilisation (or TFLOP/s where no peak is known), data wait, and of
+    several ranks exposed communication and the imbalance of attention."""
     parts = [
         f"{in_thousands(rates.tokens_per_second)} tok/s",
         f"{in_thousands(rates.tokens_per_second_per_gpu)} tok/s/{unit}",
@@ -90,6 +91,11 @@ def describe_rates(rates: Rates, *, unit: str) -> list[str]:
     # Below this the wait is the queue's own overhead.
     if rates.data_seconds > 0.01 * rates.seconds:
         parts.append(f"data wait {rates.data_seconds / rates.seconds:.0%}")
+    if rates.telemetry is not None and rates.telemetry.comm_bytes:
+        parts.append(f"exposed comm {rates.exposed_comm_share:.1%}")
+        # Below this it is measurement noise.
+        if rates.telemetry.attention_imbalance > 1.02:
+            parts.append(f"imbalance {rates.telemetry.attention_imbalance:.2f}")
     return parts
 
 

@@ -6,13 +6,13 @@ import contextlib
 import threading
 import time
 from collections import deque
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from longctx.errors import ConfigError
 from longctx.metrics import LogConfig, Meter, MetricsFile, StepWork
 from longctx.progress import Progress, describe_rates, duration, in_bytes
+from longctx.telemetry import StepTelemetry
 
 # Leaving must not wait for a network: what is not uploaded by then stays on disk, for `wandb sync`.
 WANDB_FINISH_S = 20.0
@@ -41,16 +41,26 @@ class Recorder:
         self._file = file
         self._began = time.monotonic()
 
-    def step(self, record: dict[str, Any], work: StepWork, *, seconds: float, data_seconds: float, memory: int) -> None:
+    def step(
+        self,
+        record: dict[str, Any],
+        work: StepWork,
+        *,
+        seconds: float,
+        data_seconds: float,
+        memory: int,
+        telemetry: StepTelemetry | None = None,
+    ) -> None:
         """One step is done.
 
         Args:
             record: step (from 0), loss and what else to keep.
             seconds: of the step, `data_seconds` of them waiting for data.
             memory: peak so far, in bytes.
+            telemetry: of attention and its communication; None: not measured.
         """
         assert self._file is not None, "open comes first"
-        self.meter.add(work, seconds=seconds, data_seconds=data_seconds)
+        self.meter.add(work, seconds=seconds, data_seconds=data_seconds, telemetry=telemetry)
         self._first = self._first or record
         self._last = record
         self._losses.append(record["loss"])
@@ -60,7 +70,7 @@ class Recorder:
             return
         rates = self.meter.window()
         average = self.meter.average()
-        kept = record | asdict(rates) | {"peak_memory_bytes": memory}
+        kept = record | rates.record() | {"peak_memory_bytes": memory}
         self._file.write("step", kept)
         self.wandb.log(kept)
         left = (self.progress.total - done) * average.seconds if average is not None else None
@@ -88,7 +98,7 @@ class Recorder:
         )
         self.progress.say(f"          checkpoint {saved}, records in {folder}")
         if self._file is not None:
-            rates = asdict(average) if average is not None else {}
+            rates = average.record() if average is not None else {}
             facts = {"steps": steps, "run_seconds": took, "loss": loss, "peak_memory_bytes": memory}
             self._file.write("summary", facts | rates)
 

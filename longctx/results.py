@@ -2,7 +2,8 @@
 
 `benchmarks/results/*.csv` is the only place that numbers live in. `python -m longctx.results --write` puts them into the
 README between `<!-- table: NAME -->` and `<!-- end -->`; `--check` fails where the README says something else.
-`--from-run RUN_DIR --name NAME` adds what a training run measured to `training.csv`.
+`--from-run RUN_DIR --name NAME` adds what a training run measured to `training.csv`. `--rules` prints by which measured
+speeds `kernel = "auto"` should choose, as the lines of `longctx/kernels/choice.py`.
 """
 
 from __future__ import annotations
@@ -240,6 +241,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", action="store_true", help="make the README's tables from the CSV files")
     what.add_argument("--check", action="store_true", help="exit 1 if the README says something else than the files")
+    what.add_argument("--rules", action="store_true", help="print the table of longctx/kernels/choice.py")
     what.add_argument("--from-run", type=Path, metavar="RUN_DIR", help="add a training run's figures to training.csv")
     p.add_argument(
         "--losses", type=int, default=0, metavar="N", help="with --from-run: the first N losses to losses.csv"
@@ -254,7 +256,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m longctx.results`; returns the exit code."""
     # Here: the tables are made of what this module reads.
-    from longctx.tables import render, with_unit
+    from longctx.tables import render, rules_text, with_unit
 
     args = parser().parse_args(argv)
     try:
@@ -267,6 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if losses:
                 append(args.results / "losses.csv", losses)
             print("\n".join(f"{row.name}, {row.config}: {row.metric} {with_unit(row)}" for row in rows))
+            return 0
+        if args.rules:
+            print(rules_text(read(args.results)))
             return 0
         if not args.readme.exists():
             raise ConfigError(f"no such file: {args.readme}; name one with --readme")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from longctx.errors import ConfigError, did_you_mean
+from longctx.kernels import kernel_names
+from longctx.kernels.choice import Table
 from longctx.results import Measurement
+from longctx.settings import parse_size
 
 
 def latest(rows: Iterable[Measurement]) -> list[Measurement]:
@@ -45,6 +50,8 @@ _ATTENTION_COLUMNS = {
     "fa4": "FA4",
     "triton": "**ours: triton**",
     "cudnn": "**ours: around cuDNN**",
+    "flash4": "**ours: around FA4**",
+    "hopper": "**ours: Hopper**",
 }
 
 
@@ -83,6 +90,66 @@ def attention_table(rows: Sequence[Measurement]) -> str:
 
 def _any_config(cells: dict[tuple[str, str], dict[str, str]], system: str) -> dict[str, str] | None:
     return next((got for (_, s), got in cells.items() if s == system), None)
+
+
+# GPUs whose measurements decide `kernel = "auto"` -> their compute capability.
+_DECIDING_GPUS = {"NVIDIA H100 80GB HBM3": (9, 0)}
+# A benchmark's mask -> the kind of block that it makes.
+_BLOCK_KINDS = {"causal": "causal", "full": "full", "window": "band", "docs": "rows"}
+_ATTENTION_CASE = re.compile(r"\d+ x (?P<length>\w+), \d+/\d+ heads of (?P<head_dim>\d+), (?P<mask>[a-z]+)")
+
+
+class AttentionCase(NamedTuple):
+    """What the `config` of an attention measurement says: `1 x 32k, 32/8 heads of 128, causal`."""
+
+    head_dim: int
+    mask: str
+    length: int
+
+    @staticmethod
+    def of(row: Measurement) -> AttentionCase | None:
+        """None if the row is of something else."""
+        found = _ATTENTION_CASE.match(row.config)
+        length = parse_size(found["length"]) if found else None
+        return AttentionCase(int(found["head_dim"]), found["mask"], length) if found and length else None
+
+
+def kernel_rules(rows: Sequence[Measurement]) -> dict[tuple[int, int], Table]:
+    """What `longctx.kernels.choice.MEASURED` should say by these measurements.
+
+    A shape that was measured with several batch sizes or numbers of heads has the mean of their speeds, over the cases that
+    every kernel of the shape has.
+    """
+    speeds: dict[tuple, dict[str, dict[str, float]]] = {}
+    for row in latest(rows):
+        kernel = row.name.split("/", 1)[1] if row.name.startswith(("attention/", "sweep/")) else ""
+        case = AttentionCase.of(row)
+        if row.gpu not in _DECIDING_GPUS or kernel not in kernel_names() or case is None:
+            continue
+        if row.metric not in ("forward", "backward"):
+            continue
+        shape = case.head_dim, _BLOCK_KINDS[case.mask], case.length
+        by_kernel = speeds.setdefault((_DECIDING_GPUS[row.gpu], shape, row.metric), {})
+        by_kernel.setdefault(kernel, {})[row.config] = row.value
+    found: dict[tuple[int, int], Table] = {}
+    for (capability, shape, metric), by_kernel in sorted(speeds.items()):
+        common = set.intersection(*(set(cases) for cases in by_kernel.values()))
+        means = {
+            kernel: round(statistics.mean(cases[c] for c in (common or cases))) for kernel, cases in by_kernel.items()
+        }
+        pair = found.setdefault(capability, {}).setdefault(shape, ({}, {}))
+        pair[metric == "backward"].update(sorted(means.items(), key=lambda item: -item[1]))
+    return found
+
+
+def rules_text(rows: Sequence[Measurement]) -> str:
+    """`kernel_rules` as the lines that `longctx/kernels/choice.py` holds, with where they come from."""
+    lines = [f"# {_provenance([row for row in rows if row.gpu in _DECIDING_GPUS])}"]
+    for capability, table in kernel_rules(rows).items():
+        lines += [f"    {capability}: {{"]
+        lines += [f"        {shape}: {pair},".replace("'", '"') for shape, pair in table.items()]
+        lines += ["    },"]
+    return "\n".join(lines)
 
 
 _TRAINING_METRICS = {"tokens/s": "tokens/s", "mfu": "MFU", "mfu dense": "MFU if dense", "memory": "peak memory"}
@@ -185,12 +252,31 @@ def faults_table(rows: Sequence[Measurement]) -> str:
     )
 
 
+def numerics_table(rows: Sequence[Measurement]) -> str:
+    """What rings of several sizes add to the error of one rank, the worst of out, dq, dk and dv."""
+    # ring -> label -> tensor -> error; the configuration reads "ring 4, bf16 inputs, dk and dv sent in fp32, 1024 tokens".
+    errors: dict[int, dict[str, dict[str, float]]] = {}
+    for row in latest([row for row in rows if row.name.startswith("numerics/")]):
+        ring, label = row.config.split(", ", 1)
+        errors.setdefault(int(ring.removeprefix("ring ")), {}).setdefault(label, {})[row.metric] = row.value
+    if 1 not in errors:
+        return "Not measured yet."
+    rings = sorted(errors)
+    body = []
+    for label, alone in errors[1].items():
+        ratios = [max(errors[ring][label][tensor] / alone[tensor] for tensor in alone) for ring in rings[1:]]
+        body.append([label, f"{min(alone.values()):.1e} to {max(alone.values()):.1e}", *(f"{r:.2f} x" for r in ratios)])
+    header = ["causal attention on a CPU, error against float64", "one rank", *(f"ring {ring}" for ring in rings[1:])]
+    return markdown(header, body)
+
+
 TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
     "attention": attention_table,
     "training": training_table,
     "ring": ring_table,
     "recall": recall_table,
     "faults": faults_table,
+    "numerics": numerics_table,
 }
 
 _REGION = re.compile(r"(?P<open><!-- table: (?P<name>[^\n>]*?) -->\n)(?P<text>.*?)(?P<close><!-- end -->)", re.DOTALL)

@@ -200,6 +200,8 @@ class Trainer:
         timeout_s = config.train.timeout_s + GROUP_TIMEOUT_MARGIN_S
         self.launch.start_process_group(device, timeout_s)
         mesh = ParallelMesh.create(plan, device=device, timeout=timedelta(seconds=timeout_s))
+        mesh.journal.is_measuring = config.log.telemetry
+        watchdog.watch(mesh.journal)
         self.engine: TrainEngine = build_engine(
             config.model,
             config.engine,
@@ -265,11 +267,14 @@ class Trainer:
             watchdog.mark(step, "recording")
             if recorder is not None:
                 recorder.step(
-                    asdict(result) | asdict(self.state) | {"step": step},
+                    {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
+                    | asdict(self.state)
+                    | {"step": step},
                     step_work(loader, cursor, window=self.config.model.sliding_window),
                     seconds=end - start,
                     data_seconds=ready - start,
                     memory=peak_memory_bytes(device),
+                    telemetry=result.telemetry,
                 )
             if self.state.step == train.steps or (train.save_every and self.state.step % train.save_every == 0):
                 watchdog.mark(step, "saving a checkpoint")

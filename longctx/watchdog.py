@@ -7,7 +7,8 @@ that has evidence writes a verdict to the store; every rank ends as soon as it s
 
     rank 5 raises   -> writes the verdict itself, with its reason; its own traceback is printed there
     rank 5 is killed -> its process is gone (same machine), or its heartbeats stop (another machine)
-    rank 5 hangs    -> heartbeats go on, but no rank makes progress; a table shows where each one stands
+    rank 5 hangs    -> heartbeats go on, but no rank makes progress; a table shows where each one stands, down to the
+                       layer, the hop, the direction and the peer of the message that it waits for
     rank 0 or the launcher is gone -> the store no longer answers
 """
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import faulthandler
 import json
 import os
 import signal
@@ -30,9 +30,18 @@ from pathlib import Path
 import torch.distributed as dist
 
 from longctx.errors import LongCtxError
-from longctx.heartbeat import Heartbeat, Verdict, is_communication_error, machine_name, one_line, start_time
+from longctx.heartbeat import (
+    Heartbeat,
+    Verdict,
+    is_communication_error,
+    machine_name,
+    one_line,
+    start_time,
+    tell_standings,
+)
 from longctx.launch import Place
-from longctx.process import EXIT_FAILED, EXIT_INTERRUPTED, SignalPipe, leave_now, tell
+from longctx.parallel.journal import Journal, Standing
+from longctx.process import EXIT_FAILED, EXIT_INTERRUPTED, SignalPipe, dump_stacks, leave_now, tell
 
 # Without a sign of life for this long, a rank on another machine counts as dead (never more than train.timeout_s).
 # Compilers that hold Python's lock silence a healthy rank for seconds, a swapping machine for tens of them.
@@ -110,6 +119,7 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
         self._store: dist.Store | None = None
         self._main = threading.main_thread().ident
+        self._journal: Journal | None = None
         self._signals = SignalPipe()
 
     def start(self) -> None:
@@ -137,6 +147,10 @@ class Watchdog:
             may_hang: whether staying here for `timeout_s` is a hang. False for work of unknown length.
         """
         self._progress = _Progress(step, phase, time.monotonic(), may_hang, self._progress.marks + 1)
+
+    def watch(self, journal: Journal) -> None:
+        """Report from now on where this rank is in the messages that `journal` notes."""
+        self._journal = journal
 
     def failed(self, error: BaseException) -> None:
         """The main thread is about to leave with `error`: tell the others why. Does not return when the true reason is
@@ -219,14 +233,20 @@ class Watchdog:
 
     def _describe_me(self, count: int, *, is_done: bool) -> Heartbeat:
         at = self._progress
+        standing = self._journal.standing() if self._journal is not None else Standing()
         return dataclasses.replace(
             self._me,
             count=count,
             step=at.step,
             phase=at.phase,
             marks=at.marks,
-            age=time.monotonic() - at.since if at.may_hang else 0.0,
+            # Of a step of many minutes, messages that go on arriving are the sign of life.
+            age=min(time.monotonic() - at.since, standing.age) if at.may_hang else 0.0,
             where=self._where(),
+            call=standing.call,
+            message=standing.message,
+            is_waiting=standing.is_waiting,
+            messages=standing.text,
             is_done=is_done,
         )
 
@@ -274,8 +294,10 @@ class Watchdog:
         if dead is not None:
             beat = self._seen[dead]
             heard = f"last heard at step {beat.step}, {beat.phase}"
-            text = f"rank {dead} ({self.name_of(dead)}) stopped answering at step {self._progress.step} ({heard})"
-            return dataclasses.replace(self._verdict_on(text), culprit=dead)
+            head = f"rank {dead} ({self.name_of(dead)}) stopped answering at step {self._progress.step} ({heard})"
+            beats = {self.place.rank: self._describe_me(0, is_done=False), **self._seen}
+            standings = self._standings(beats) if any(beat.messages for beat in beats.values()) else []
+            return dataclasses.replace(self._verdict_on("\n".join([head, *standings])), culprit=dead)
         stuck = self._stuck()
         if stuck is not None:
             return stuck
@@ -317,22 +339,21 @@ class Watchdog:
             return None
         beats = {self.place.rank: me, **self._seen}
         working = {r: b for r, b in sorted(beats.items()) if not b.is_done}
-        last = [r for r, b in working.items() if b.marks == min(x.marks for x in working.values())]
-        now = time.monotonic()
-        table = []
-        for r, b in sorted(beats.items()):
-            silence = now - self._changed.get(r, now)
-            heard = f", last heard {silence:.0f} s ago" if silence > 3 * self.interval_s else ""
-            name = f"rank {r} ({self.name_of(r)})"
-            table.append(f"  {name}: step {b.step}, {b.phase} for {b.age:.0f} s, in {b.where}{heard}")
+        least = min(b.order for b in working.values())
+        last = [r for r, b in working.items() if b.order == least]
         if len(last) < len(beats):
             names = ", ".join(f"rank {r} ({self.name_of(r)})" for r in last)
             head = f"{names} hangs at step {beats[last[0]].step}: no progress for {me.age:.0f} s"
         else:
             head = f"no rank has made progress for {me.age:.0f} s at step {me.step}"
         stacks = f"; stacks of every rank in {self.stacks_dir}" if self.stacks_dir else ""
-        text = "\n".join([f"{head} (train.timeout_s = {self.timeout_s:g}){stacks}", *table])
+        text = "\n".join([f"{head} (train.timeout_s = {self.timeout_s:g}){stacks}", *self._standings(beats)])
         return dataclasses.replace(self._verdict_on(text), wants_stacks=True)
+
+    def _standings(self, beats: dict[int, Heartbeat]) -> list[str]:
+        now = time.monotonic()
+        silent_s = {r: now - changed for r, changed in list(self._changed.items())}
+        return tell_standings(beats, name_of=self.name_of, silent_s=silent_s, patience_s=3 * self.interval_s)
 
     def _verdict_on(self, text: str) -> Verdict:
         return Verdict(text, self.place.rank, self._me.host)
@@ -345,7 +366,7 @@ class Watchdog:
         """Tell why, and end this process, whatever its main thread is doing."""
         with self._ending:
             if verdict.wants_stacks:
-                self._dump_stacks()
+                dump_stacks(self.stacks_dir and self.stacks_dir / f"rank{self.place.rank}.txt", self.prefix)
             with contextlib.suppress(Exception):  # nothing may keep a broken run alive
                 self.before_exit(verdict.text)
             if self._tells(verdict):
@@ -369,17 +390,6 @@ class Watchdog:
         if beat.host == self._me.host and start_time(beat.pid) == beat.born:
             with contextlib.suppress(OSError):
                 os.kill(beat.pid, signal.SIGKILL)
-
-    def _dump_stacks(self) -> None:
-        if self.stacks_dir is None:
-            faulthandler.dump_traceback(all_threads=True)
-            return
-        with contextlib.suppress(OSError):
-            self.stacks_dir.mkdir(parents=True, exist_ok=True)
-            with open(self.stacks_dir / f"rank{self.place.rank}.txt", "w") as file:
-                file.write(f"{self.prefix}\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
 
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGTERM and self._sigterm_at is None:

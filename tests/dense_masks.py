@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from longctx.masks import AttentionMask, Causal, Documents, Full, Intersection, PrefixLM, SlidingWindow
+from longctx.padding import Padded
 
 
 def dense(mask: AttentionMask, seq_len: int) -> torch.Tensor:
@@ -22,6 +23,12 @@ def dense(mask: AttentionMask, seq_len: int) -> torch.Tensor:
 def _document_of(boundaries: tuple[int, ...]) -> torch.Tensor:
     lengths = torch.tensor(boundaries).diff()
     return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+
+def _padded(mask: Padded, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    last = mask.seq_len - 1
+    inner = SEES[type(mask.mask)](mask.mask, q.clamp(max=last), k.clamp(max=last))
+    return inner & (q <= last) & (k <= last)
 
 
 def _documents(mask: Documents, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -36,6 +43,7 @@ SEES = {
     Causal: lambda mask, q, k: k <= q,
     SlidingWindow: lambda mask, q, k: (q - k).abs() < mask.window,
     Documents: _documents,
+    Padded: _padded,
     PrefixLM: lambda mask, q, k: (k <= q) | ((q < mask.prefix) & (k < mask.prefix)),
     Intersection: lambda mask, q, k: functools.reduce(torch.logical_and, [SEES[type(p)](p, q, k) for p in mask.parts]),
 }
@@ -54,6 +62,12 @@ def _batched_documents(seq_len: int, batch: int | None) -> st.SearchStrategy[Doc
     return rows.map(lambda r: Documents(tuple(r)))
 
 
+def _padded_masks(seq_len: int, batch: int | None) -> st.SearchStrategy[Padded]:
+    kinds = tuple(kind for kind in STRATEGIES if kind is not Padded)
+    real = st.integers(1, seq_len)
+    return real.flatmap(lambda n: mask_strategy(n, batch, kinds).map(lambda mask: Padded(mask, n)))
+
+
 # class -> strategy of (seq_len, batch); batch is None or the number of sequences that may differ.
 STRATEGIES = {
     Full: lambda s, b: st.just(Full()),
@@ -61,6 +75,7 @@ STRATEGIES = {
     SlidingWindow: lambda s, b: st.builds(SlidingWindow, st.integers(1, s + 2)),
     Documents: _batched_documents,
     PrefixLM: lambda s, b: st.builds(PrefixLM, st.integers(0, s + 2)),
+    Padded: _padded_masks,
 }
 
 

@@ -13,6 +13,7 @@ from train_cases import MODEL, SEQ_LEN, ReferenceTrainer, full_step, relative_er
 
 from longctx.engine import EngineConfig, build_engine
 from longctx.errors import LongCtxError, Problem
+from longctx.layout import layout_names
 from longctx.model import ModelConfig
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
@@ -46,17 +47,21 @@ class PlanCase:
     offload: str = "none"
     dtype: str = "fp32"
     layers: int = 3
+    layout: str = "zigzag"
+    seq_len: int = SEQ_LEN
     steps: int = STEPS
 
     @property
     def plan(self) -> ParallelPlan:
         degrees = {axis: getattr(self, axis) for axis in ("dp", "pp", "ring", "ulysses", "tp")}
-        return ParallelPlan(**degrees, shard_norms=self.shard_norms, schedule="dualpipev" if self.dual else "1f1b")
+        schedule = "dualpipev" if self.dual else "1f1b"
+        return ParallelPlan(**degrees, layout=self.layout, shard_norms=self.shard_norms, schedule=schedule)
 
     @property
     def model(self) -> ModelConfig:
         made = replace(WIDE, tie_embeddings=self.tied, num_layers=self.layers)
-        return replace(made, qkv_bias=True, qk_norm=True, sliding_window=20) if self.rich else made
+        rich = {"qkv_bias": True, "qk_norm": True, "sliding_window": 20, "softcap": 5.0, "sinks": True}
+        return replace(made, **rich) if self.rich else made
 
     @property
     def world(self) -> tuple[int, int, int]:
@@ -67,6 +72,7 @@ class PlanCase:
         degrees = [f"{axis}{n}" for axis in ("dp", "pp", "ring", "ulysses", "tp") if (n := getattr(self, axis)) > 1]
         words = [f"zero{self.zero}", f"accumulate{self.accumulation}"]
         words += [name for name in ("tied", "recompute", "rich", "shard_norms", "dual") if getattr(self, name)]
+        words += [self.layout] * (self.layout != "zigzag") + [f"tokens{self.seq_len}"] * (self.seq_len != SEQ_LEN)
         words += [f"offload_{self.offload}"] * (self.offload != "none") + [self.dtype] * (self.dtype != "fp32")
         return "-".join((degrees or ["one"]) + words)
 
@@ -91,8 +97,11 @@ def errors(case: PlanCase) -> dict[str, float]:
     # The last rank of the last replica has no target.
     last = (mesh.ring.size - 1, mesh.ring.size, mesh.ulysses.size - 1, mesh.ulysses.size)
     starved = (mesh.dp.size - 1, *last) if mesh.grad.size > 1 else None
-    steps = [full_step(n, dp=case.dp, accumulation=case.accumulation, starved=starved) for n in range(case.steps)]
-    return train_beside_one_process(mesh, case.model, settings, steps, SEQ_LEN)
+    steps = [
+        full_step(n, dp=case.dp, accumulation=case.accumulation, starved=starved, seq_len=case.seq_len)
+        for n in range(case.steps)
+    ]
+    return train_beside_one_process(mesh, case.model, settings, steps, case.seq_len)
 
 
 def make_mesh(plan: ParallelPlan) -> ParallelMesh:
@@ -197,8 +206,9 @@ def draw_case(seed: int, max_world: int) -> RandomCase:
         zero3_keep_elements=draw.choice([0, 0, 500]),
         kernel="reference",
     )
-    layout = draw.choice(["zigzag", "striped", "contiguous"])
+    layout = draw.choice(layout_names())
     plan = ParallelPlan(**degrees, layout=layout, shard_norms=degrees["tp"] > 1 and draw.random() < 0.5)
+    model = replace(model, softcap=draw.choice([0.0, 0.0, 3.0]), sinks=draw.random() < 0.3)
     multiple = plan.seq_multiple
     seq_len = draw.choice([multiple * draw.randint(1, 6), multiple * draw.randint(1, 6), draw.randint(1, 64)])
     return RandomCase(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from longctx.attention import ParallelAttention
-from longctx.errors import KernelError, PlanError, ShapeError
+from longctx.errors import KernelError, ShapeError
 from longctx.functional import attention, ring_attention
-from longctx.layout import SequenceMeta, ZigZag
+from longctx.layout import SequenceMeta
 from longctx.masks import Causal, Documents, Full, SlidingWindow
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
@@ -153,8 +155,8 @@ def test_a_meta_that_is_not_of_the_shard_is_refused(mesh):
         ring_attention(*tensors, meta=SequenceMeta.of(64, ring_rank=1, ring_world=2), mesh=mesh)
     with pytest.raises(ShapeError, match="hold 32 positions each, but a rank's share of 64"):
         ring_attention(*tensors, meta=SequenceMeta.of(64), mesh=mesh)
-    with pytest.raises(PlanError, match="nearest: 64 or 68"):
-        SequenceMeta.of(66, layout=ZigZag(), ring_rank=0, ring_world=2)
+    with pytest.raises(ShapeError, match="hold 32 positions each, but a rank's share of 36"):
+        ring_attention(*tensors, meta=replace(SequenceMeta.of(34), positions=torch.arange(36)), mesh=mesh)
 
 
 @pytest.mark.parametrize("with_mesh", [True, False], ids=["mesh", "no_mesh"])

@@ -44,7 +44,7 @@ class TestBar:
 
     def test_pieces_of_many_ranks_are_no_ones(self):
         bar = drawing(Striped(), seq_len=64).bar(8, False)
-        assert bar.splitlines() == ["~" * 8, "~ ranks take turns; the first positions: " + "0123" * 8]
+        assert bar.splitlines() == ["~" * 8, "~ ranks take turns; the first runs of positions: " + "0123" * 8]
 
     def test_colour_changes_no_mark(self):
         for layout in LAYOUTS.values():
@@ -107,19 +107,35 @@ class TestCommand:
         assert main(["--seq-len", "64k", "--ring", "4", "--layout", "zigzag"]) == 0
         out = capsys.readouterr().out
         assert out.startswith("zigzag, ring 4, 65_536 tokens, causal\n")
-        assert "slowest rank / mean 1.00; waiting at every hop 1.00; dead hops: none" in out
+        assert (
+            "slowest rank / mean 1.00; waiting at every hop 1.00; in tiles and with messages 1.00; dead hops: none"
+            in out
+        )
         assert "\x1b[" not in out
+        assert "padding" not in out
+
+    def test_ulysses_ranks_hold_pieces_of_a_ring_ranks_part(self, capsys):
+        assert main(["--seq-len", "64", "--ring", "2", "--ulysses", "2", "--width", "8"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("zigzag, ring 2 x ulysses 2, 64 tokens, causal\n\n00223311\n")
+        assert "the 2 Ulysses ranks of each (0, 1 of the first) do equal parts" in out
+
+    def test_auto_and_padding_are_said(self, capsys):
+        assert main(["--seq-len", "65537", "--ring", "4", "--layout", "auto"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("auto (zigzag), ring 4, 65_537 tokens, causal\n")
+        assert out.rstrip().endswith("; padding: 7")
 
     def test_a_window_shows_its_dead_hops(self, capsys):
         assert main(["--seq-len", "64", "--ring", "4", "--layout", "contiguous", "--window", "4"]) == 0
         assert "dead hops: 2, 3" in capsys.readouterr().out
 
-    def test_compare_shows_all_layouts_and_who_cannot(self, capsys):
-        assert main(["--seq-len", "12", "--ring", "4", "--compare"]) == 0
+    def test_compare_shows_all_layouts_and_what_auto_takes(self, capsys):
+        assert main(["--seq-len", "64k", "--ring", "4", "--compare"]) == 0
         out = capsys.readouterr().out
         for name in LAYOUTS:
             assert f"\n{name}" in out
-        assert "zigzag: seq_len = 12 is not a multiple of 8" in out
+        assert out.rstrip().endswith("auto takes zigzag")
 
     @pytest.mark.parametrize("words", [[], ["--compare", "--docs", "5,20"]], ids=["one", "compare"])
     def test_png(self, tmp_path, capsys, words):
@@ -131,14 +147,14 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["--seq-len", "66"], "PlanError: seq_len = 66 is not a multiple of 8"),
-            (["--seq-len", "66", "--compare", "--ring", "0"], "PlanError: no layout can cut"),
+            (["--ulysses", "0"], "PlanError: ulysses rank 0 is not one of 0"),
+            (["--compare", "--ring", "0"], "PlanError: contiguous over 0 ranks"),
             (["--layout", "zigzga"], "PlanError: unknown layout 'zigzga': did you mean 'zigzag'"),
             (["--ring", "0"], "PlanError: zigzag over 0 ranks"),
             (["--prefix", "4", "--mask", "full"], "ConfigError: --prefix says who sees whom, and so does --mask full"),
             (["--width", "0"], "ConfigError: --width 0"),
         ],
-        ids=["length", "compare", "layout", "ring", "prefix", "width"],
+        ids=["ulysses", "compare", "layout", "ring", "prefix", "width"],
     )
     def test_what_cannot_be_drawn_is_refused(self, capsys, words, message):
         assert main(words) == 2

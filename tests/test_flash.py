@@ -167,7 +167,8 @@ def test_what_is_not_supported_is_refused():
         ({"softcap": -1.0}, "softcap is -1.0"),
         ({"softcap": math.nan}, "softcap is nan"),
         ({"kernel": "cudnn", "softcap": 2.0}, "cudnn"),
-        ({"kernel": "cudnn", "deterministic": True}, "cuDNN's backward is not"),
+        ({"kernel": "cudnn", "deterministic": True}, "backward of 'cudnn' is not"),
+        ({"kernel": "flash4", "deterministic": True}, "backward of 'flash4' is not"),
     ):
         with pytest.raises(KernelError, match=match):
             flash_attn_func(q, q, q, **options)

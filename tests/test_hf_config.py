@@ -89,6 +89,7 @@ def test_static_ntk_goes_out_as_its_base(tmp_path):
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0.5 cannot"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config = \{'bits': 4\} is not known for a llama"),
         ({"sliding_window": 4096}, r"sliding_window = 4096 is not known for a llama"),
+        ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping = 50.0 is not known for a llama"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope_scaling.rope_type = 'dynamic' cannot"),
         ({"rope_scaling": {"rope_type": "longrope"}}, r"rope_type = 'longrope' cannot"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor = 0.5"),
@@ -119,6 +120,9 @@ def test_what_cannot_be_represented_is_refused_by_name(change, said):
 def test_what_has_no_family_is_refused():
     with pytest.raises(CheckpointError, match=r"qkv_bias and model\.qk_norm together"):
         to_hf_config(ModelConfig(qkv_bias=True, qk_norm=True), dtype="fp32", max_position=1, end_of_document=None)
+    for option in ({"softcap": 50.0}, {"sinks": True}):
+        with pytest.raises(CheckpointError, match=rf"model\.{next(iter(option))} = "):
+            to_hf_config(ModelConfig(**option), dtype="fp32", max_position=1, end_of_document=None)
     with pytest.raises(CheckpointError, match="--max-position"):
         to_hf_config(ModelConfig(), dtype="fp32", max_position=None, end_of_document=None)
 

@@ -16,6 +16,7 @@ from longctx.kernels import (
     BlockAttention,
     SoftmaxState,
     check_block,
+    choice,
     get_kernel,
     kernel_names,
     row_delta,
@@ -85,9 +86,11 @@ class TestSelection:
 
     @pytest.fixture(autouse=True)
     def _fresh(self):
-        kernels._select.cache_clear()
+        choice._choose.cache_clear()
+        choice._log_once.cache_clear()
         yield
-        kernels._select.cache_clear()
+        choice._choose.cache_clear()
+        choice._log_once.cache_clear()
 
     def test_a_named_kernel_is_taken(self):
         assert select_kernel("reference", self.Q, KeyRange.full()).name == "reference"

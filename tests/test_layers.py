@@ -19,16 +19,28 @@ ROOT = PACKAGE.parent
 # A module may import its own layer and those above it in this table (the lower ones). kernels and parallel are
 # directories; what is inside parallel has an order of its own.
 LAYERS = (
-    ("L0", ("errors", "shapes", "masks", "layout")),
+    ("L0", ("errors", "shapes", "masks", "padding", "balance", "layout")),
     ("L1", ("kernels",)),
     ("L2 pure", ("parallel.plan", "parallel.schedule", "parallel.slices", "parallel.nodes", "parallel.stages")),
     (
         "L2",
-        ("parallel.mesh", "parallel.exchange", "parallel.ring", "parallel.ulysses", "parallel.tensor", "parallel.loss"),
+        (
+            "parallel.mesh",
+            "parallel.journal",
+            "parallel.agreement",
+            "parallel.exchange",
+            "parallel.ring",
+            "parallel.ulysses",
+            "parallel.tensor",
+            "parallel.loss",
+        ),
     ),
     ("L3", ("flash", "functional")),
     ("L4", ("attention", "rope", "initial", "model")),
-    ("L5 text and numbers", ("settings", "corpus", "tokenizer", "tokens", "data", "metrics", "results", "tables")),
+    (
+        "L5 text and numbers",
+        ("settings", "corpus", "tokenizer", "tokens", "data", "telemetry", "metrics", "results", "tables"),
+    ),
     (
         "L5 DeepSpeed",
         (
@@ -48,14 +60,19 @@ LAYERS = (
     ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
-    ("L6 commands", ("peers", "bench", "comparison", "broken", "parity", "check", "draw", "info", "__main__")),
+    ("L6 benchmark", ("flash1", "peers", "predecessors", "bench_timing", "bench_output", "bench_errors", "bench")),
+    ("L6 commands", ("comparison", "numerics", "broken", "parity", "check", "draw", "info", "__main__")),
 )
 LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}
 
 # What a module must not import, at any depth of its code: (modules, forbidden packages, why).
 FORBIDDEN = (
     (("errors",), ("torch", "numpy", "longctx"), "errors are plain Python"),
-    (("shapes", "masks", "layout"), ("triton", "torch.distributed", "deepspeed"), "L0 is torch only"),
+    (
+        ("shapes", "masks", "padding", "balance", "layout"),
+        ("triton", "torch.distributed", "deepspeed"),
+        "L0 is torch only",
+    ),
     (("kernels",), ("torch.distributed", "deepspeed"), "a kernel knows of no other process"),
     (
         ("parallel.plan", "parallel.schedule", "parallel.slices", "parallel.nodes", "parallel.stages"),

@@ -13,17 +13,19 @@ from hypothesis import strategies as st
 from longctx.errors import PlanError, ShapeError
 from longctx.layout import (
     LAYOUTS,
+    Auto,
     Contiguous,
     SequenceLayout,
     SequenceMeta,
     Striped,
     ZigZag,
     get_layout,
+    layout_names,
     mask_area,
     nearest_lengths,
     shard_multiple,
 )
-from longctx.masks import AttentionMask, Causal, Documents, KeyRange, SlidingWindow
+from longctx.masks import AttentionMask, Causal, Documents, Full, KeyRange, SlidingWindow
 
 # The registered ones, and those that only a constructor makes.
 CASES = {**LAYOUTS, "striped3": Striped(block=3)}
@@ -42,7 +44,9 @@ def all_positions(layout: SequenceLayout, world: int, seq_len: int) -> list[torc
 
 def test_every_layout_is_registered_under_its_name():
     classes = {cls for cls in SequenceLayout.__subclasses__() if cls.__module__.startswith("longctx.")}
-    assert {type(layout) for layout in LAYOUTS.values()} == classes
+    assert {type(layout) for layout in LAYOUTS.values()} == classes - {Auto}
+    assert layout_names() == (*LAYOUTS, "auto")
+    assert get_layout("auto") == Auto()
     for name, layout in LAYOUTS.items():
         assert layout.name == name
         assert get_layout(name) is layout
@@ -163,7 +167,7 @@ class TestRefusals:
     def test_unknown_name(self):
         with pytest.raises(PlanError, match="unknown layout 'zigzga': did you mean 'zigzag'"):
             get_layout("zigzga")
-        with pytest.raises(PlanError, match="known: contiguous, striped, zigzag"):
+        with pytest.raises(PlanError, match="known: auto, balanced, contiguous, striped, zigzag"):
             get_layout("?")
 
     def test_shards_of_unequal_length(self):
@@ -194,7 +198,8 @@ class TestSequenceMeta:
         for rank in range(3):
             meta = SequenceMeta.of(36, mask=mask, layout=layout, ring_rank=rank, ring_world=3)
             assert meta.mask is mask
-            assert torch.equal(meta.positions, layout.positions(rank, 3, 36))
+            assert meta.layout == layout.for_mask(mask, 3, 36)
+            assert torch.equal(meta.positions, meta.layout.positions(rank, 3, 36))
             assert meta.local_len == 12
 
     @LAYOUT_CASES
@@ -220,11 +225,13 @@ class TestSequenceMeta:
             owner[meta.positions] = 2 * r + u
         assert " ".join(map(str, owner.tolist())) in SequenceMeta.__doc__
 
-    def test_ulysses_cuts_that_do_not_fit_are_refused(self):
-        with pytest.raises(
-            PlanError, match=r"not a multiple of 12 \(zigzag over ring 2 x ulysses 3\)\n +nearest: 12 or 24"
-        ):
-            SequenceMeta.of(16, ring_world=2, ulysses_world=3)
+    def test_what_does_not_fit_is_refused(self):
+        with pytest.raises(PlanError, match="zigzag over 0 ranks"):
+            SequenceMeta.of(16, ring_world=0)
+        with pytest.raises(PlanError, match="seq_len = 0: a sequence has at least 1 position"):
+            SequenceMeta.of(0)
+        with pytest.raises(PlanError, match="unknown layout 'zigzga'"):
+            SequenceMeta.of(16, layout="zigzga")
         with pytest.raises(PlanError, match="ulysses rank 2 is not one of 2"):
             SequenceMeta.of(16, ulysses_rank=2, ulysses_world=2)
         with pytest.raises(ShapeError, match="8 positions is not the whole sequence of 16"):
@@ -237,9 +244,69 @@ class TestSequenceMeta:
         assert meta.positions.device.type == "cpu"
         assert (moved.seq_len, moved.mask, moved.layout, moved.ring_rank) == (8, meta.mask, meta.layout, 1)
 
-    def test_a_length_that_cannot_be_cut_is_refused(self):
-        with pytest.raises(PlanError, match="nearest: 4 or 8"):
-            SequenceMeta.of(6, ring_world=2)
+
+ANY_LAYOUT = st.sampled_from([*layout_names(), *CASES.values()])
+
+
+class TestAnyLength:
+    """What ranks cannot share evenly is padded, and padding takes part in nothing."""
+
+    @given(
+        data=st.data(), seq_len=st.integers(1, 50), ring=st.integers(1, 4), ulysses=st.integers(1, 3), layout=ANY_LAYOUT
+    )
+    def test_shards_hold_every_position_once(self, data, seq_len, ring, ulysses, layout):
+        mask = data.draw(mask_strategy(seq_len, data.draw(st.sampled_from([None, 2]))))
+        metas = [
+            SequenceMeta.of(
+                seq_len,
+                **{"mask": mask, "layout": layout, "ring_rank": r, "ring_world": ring},
+                **{"ulysses_rank": u, "ulysses_world": ulysses},
+            )
+            for r, u in itertools.product(range(ring), range(ulysses))
+        ]
+        length = metas[0].padded_len
+        assert {(m.local_len, m.padded_len) for m in metas} == {(length // (ring * ulysses), length)}
+        assert len({m.layout for m in metas}) == 1
+        assert all(bool((m.positions.diff() > 0).all()) for m in metas)
+        assert torch.equal(torch.cat([m.positions for m in metas]).sort().values, torch.arange(length))
+        given_layout = get_layout(layout) if isinstance(layout, str) else layout
+        assert 0 <= length - seq_len < shard_multiple(given_layout, ring, ulysses)
+        dim = data.draw(st.sampled_from([0, 1, 2, -1, -3]))
+        x = torch.arange(6 * seq_len).view(2, seq_len, 3).movedim(1, dim)
+        shards = [m.shard(x, dim, fill=-100) for m in metas]
+        assert torch.equal(metas[-1].unshard(shards, dim), x)
+        for meta, shard in zip(metas, shards, strict=True):
+            is_padding = meta.positions >= seq_len
+            assert bool((shard.movedim(dim, 0)[is_padding] == -100).all())
+            assert torch.equal(shard.movedim(dim, 0)[~is_padding], x.movedim(dim, 0)[meta.positions[~is_padding]])
+        work = metas[0].layout.balance(metas[0].padded_mask, ring, length)
+        assert int(work.sum()) == mask.area(seq_len), "padding is no work"
+
+    @pytest.mark.parametrize("mask", [Causal(), Full(), SlidingWindow(3), Documents((0, 2, 7))], ids=str)
+    def test_padding_sees_nothing_and_nobody_sees_it(self, mask):
+        meta = SequenceMeta.of(7, mask=mask, ring_world=2)
+        assert meta.padded_len == 8
+        assert meta.mask is mask
+        visible = meta.padded_mask.materialize(8)
+        assert torch.equal(visible[:7, :7], mask.materialize(7))
+        assert not visible[7].any()
+        assert not visible[:, 7].any()
+        # Without padding there is nothing around the mask.
+        assert SequenceMeta.of(7, mask=mask).padded_mask is mask
+
+    def test_what_stands_at_padding_must_be_said_on_every_rank(self):
+        for rank in range(2):
+            meta = SequenceMeta.of(7, ring_rank=rank, ring_world=2)
+            with pytest.raises(ShapeError, match=r"7 positions are padded to 8.*\n.*fill=-100\) for labels"):
+                meta.shard(torch.zeros(1, 7))
+        assert SequenceMeta.of(8, ring_world=2).shard(torch.arange(8)[None]).tolist() == [[0, 1, 6, 7]]
+        assert SequenceMeta.of(7, ring_world=2).shard(torch.arange(7)[None], fill=-100).tolist() == [[0, 1, 6, -100]]
+
+    def test_shards_that_do_not_belong_together_are_refused(self):
+        meta = SequenceMeta.of(7, ring_world=2)
+        for shards in ([torch.zeros(1, 4)], [torch.zeros(1, 4), torch.zeros(1, 3)]):
+            with pytest.raises(ShapeError, match="expected 2 of 4 positions"):
+                meta.unshard(shards)
 
 
 def test_a_layout_of_descending_positions_is_caught():

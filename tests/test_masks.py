@@ -25,6 +25,7 @@ from longctx.masks import (
     PrefixLM,
     SlidingWindow,
 )
+from longctx.padding import Padded
 
 LENGTHS = st.integers(1, 24)
 BATCHES = st.sampled_from([None, 1, 3])
@@ -90,6 +91,7 @@ def test_masks_are_immutable_values(cls, data, seq_len, batch):
 @pytest.mark.parametrize("cls", [c for c in CLASSES if c is not Intersection], ids=lambda c: c.__name__)
 def test_the_picture_in_the_docstring_is_the_mask(cls):
     example = {SlidingWindow: SlidingWindow(2), Documents: Documents((0, 2, 4)), PrefixLM: PrefixLM(2)}
+    example[Padded] = Padded(Causal(), 3)
     mask = example.get(cls) or cls()
     picture = [line.split()[:4] for line in cls.__doc__.splitlines() if line.strip().startswith(("#", "."))]
     drawn = torch.tensor([[mark == "#" for mark in line] for line in picture])

@@ -15,9 +15,11 @@ from longctx.errors import ConfigError
 from longctx.layout import Contiguous
 from longctx.masks import Causal, Documents, SlidingWindow
 from longctx.metrics import LogConfig, Meter, MetricsFile, StepWork, causal_area, peak_flops, read_metrics, step_work
+from longctx.parallel.journal import Account
 from longctx.progress import Progress, duration, in_bytes, in_thousands, log_to
 from longctx.recorder import Recorder, WandbRun
 from longctx.shapes import ModelShape
+from longctx.telemetry import StepTelemetry, mean_telemetry, tells
 
 SHAPE = ModelShape(
     num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=264, num_params=1000
@@ -175,6 +177,43 @@ def test_plain_lines_every_so_many_steps_and_at_the_end(tmp_path):
     assert summary["tokens_per_second"] == pytest.approx(200)
     (end,) = read_metrics(tmp_path / "metrics.jsonl", "end")
     assert end["reason"] == "done"
+
+
+def told(exposed, attention, flops, sent):
+    return tells(Account(exposed_s=exposed, attention_s=attention, flops=flops, bytes_sent=sent))
+
+
+def test_telemetry_of_ranks():
+    rows = [told(0.1, 1.0, 3e12, 100.0), told(0.3, 3.0, 5e12, 300.0)]
+    t = StepTelemetry.of(rows)
+    assert (t.exposed_comm_ms, t.exposed_comm_ms_max, t.comm_bytes) == (200.0, 300.0, 200.0)
+    assert (t.attention_ms, t.attention_imbalance, t.attention_tflops) == (2000.0, 1.5, 2.0)
+    idle = StepTelemetry.of([told(0.0, 0.0, 0.0, 0.0)])
+    assert (idle.attention_imbalance, idle.attention_tflops) == (1.0, 0.0)
+    slow = StepTelemetry.of([told(0.0, 6.0, 6e12, 0.0)] * 2)
+    both = mean_telemetry([t, slow])
+    # 8 TFLOP in 4 rank-seconds and 12 in 12: 20 in 16.
+    assert both.attention_tflops == pytest.approx(20 / 16)
+    assert (both.exposed_comm_ms, both.exposed_comm_ms_max, both.comm_bytes) == (100.0, 300.0, 100.0)
+    assert mean_telemetry([idle, idle]) == idle
+
+
+def test_telemetry_is_kept_and_shown_over_the_steps_of_a_record(tmp_path):
+    recorder, stream = make_recorder(tmp_path, style="plain", total=4, every=2)
+    work = StepWork(tokens=100, area=1000, dense_area=2000)
+    for step, exposed in enumerate((0.01, 0.03, 0.05, 0.07)):
+        telemetry = StepTelemetry.of([told(exposed, 0.2, 1e9, 50.0), told(exposed, 0.1, 1e9, 50.0)])
+        recorder.step({"step": step, "loss": 1.0}, work, seconds=0.5, data_seconds=0.0, memory=1, telemetry=telemetry)
+    recorder.summary(memory=1, saved="step-4", folder="runs/x")
+    recorder.close("done")
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["exposed_comm_ms"], second["exposed_comm_ms"]) == (pytest.approx(20), pytest.approx(60))
+    assert second["exposed_comm_share"] == pytest.approx(0.12)
+    assert "telemetry" not in second, "flat, as wandb shows it"
+    (summary,) = read_metrics(tmp_path / "metrics.jsonl", "summary")
+    # Without the first two steps.
+    assert summary["exposed_comm_ms"] == pytest.approx(60)
+    assert "exposed comm 12.0% | imbalance 1.33" in stream.getvalue()
 
 
 def test_a_bar_is_live_and_lets_lines_through(tmp_path):

@@ -182,6 +182,46 @@ class TestAgainstHuggingFace:
         assert ours.shape.num_params == sum(p.numel() for p in hf.parameters())
 
 
+class DenseAttention(torch.nn.Module):
+    """By the formula: scores capped, then a softmax that the sinks are part of and whose share of them is dropped."""
+
+    def forward(self, q, k, v, meta, *, sinks):
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+        s = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+        s = 1.5 * torch.tanh(s / 1.5)
+        # A mask for each sequence: the documents differ.
+        s = s.masked_fill(~meta.mask.materialize(meta.seq_len)[:, None], float("-inf"))
+        p = torch.cat([s, sinks[None, :, None, None].expand(*s.shape[:3], 1)], -1).softmax(-1)[..., :-1]
+        return torch.einsum("bhij,bjhd->bihd", p, v)
+
+
+def test_softcap_and_sinks_are_attentions():
+    config = ModelConfig(**SIZES, softcap=1.5, sinks=True)
+    model, dense = Transformer(config).double(), Transformer(config).double()
+    for one in (model, dense):
+        randomise(one)
+    for layer in dense.model.layers:
+        layer.self_attn.attention = DenseAttention()
+    batch = make_batch(DOCUMENTS & Causal())
+    got, want = gradients(model, batch), gradients(dense, batch)
+    assert any(name.endswith("self_attn.sinks") for name in got)
+    assert config.shape.num_params == sum(p.numel() for p in model.parameters())
+    for name, value in want.items():
+        assert value.abs().max() > 0, name
+        assert (got[name] - value).abs().max() <= 1e-9 * value.abs().max(), name
+    # Without either the loss is another.
+    for other in (ModelConfig(**SIZES, sinks=True), ModelConfig(**SIZES, softcap=1.5)):
+        plain = Transformer(other).double()
+        plain.load_state_dict(model.state_dict(), strict=other.sinks)
+        assert abs(float(plain(batch).detach() - model(batch).detach())) > 1e-3
+
+
+@pytest.mark.parametrize("softcap", [-1.0, float("nan"), float("inf")])
+def test_a_softcap_that_is_none_is_refused(softcap):
+    with pytest.raises(ConfigError, match=r"model\.softcap = .* must be above 0, or 0 for none"):
+        Transformer(ModelConfig(**SIZES, softcap=softcap))
+
+
 class TestInitialWeights:
     CONFIG = ModelConfig(**SIZES, qkv_bias=True, qk_norm=True)
 
@@ -318,7 +358,7 @@ def test_no_tensor_of_all_logits_exists(monkeypatch):
 
 def test_a_ring_computes_what_one_process_computes():
     """3 ranks, so that the order of hops matters. Recomputed layers send no message a second time."""
-    config = ModelConfig(**SIZES, qk_norm=True, sliding_window=11, tie_embeddings=True)
+    config = ModelConfig(**SIZES, qk_norm=True, sliding_window=11, tie_embeddings=True, softcap=2.0, sinks=True)
     layouts = ["contiguous", "zigzag", "striped"]
     whole = gradients(Transformer(config).double(), make_batch(DOCUMENTS & Causal()))
     results = run_distributed(ring_worker, config, layouts, 3, world=3)[0]

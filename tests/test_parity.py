@@ -28,6 +28,7 @@ ROOT = Path(check.__file__).parent.parent
 WORDS = ["--train.device=cpu", "--data.seq_len=2k", "--model.num_kv_heads=2"]
 RICH = [
     *("--model.tie_embeddings", "--model.qkv_bias", "--model.qk_norm", "--model.sliding_window=512"),
+    *("--model.softcap=20", "--model.sinks"),
     *("--parallel.layout=striped", "--engine.activation_checkpointing"),
 ]
 BF16 = ["--engine.dtype=bf16"]
@@ -42,7 +43,12 @@ PLANS = {
         ["--parallel.pp=2", "--parallel.ulysses=2", "--engine.accumulation_steps=3", *RICH],
         "labels",
     ),
-    "dp2-ring2-zero1-accumulate2": (4, ["--parallel.ring=2", "--engine.accumulation_steps=2"], "scale"),
+    # An odd length is padded, and each micro-batch has a layout of its own.
+    "dp2-ring2-zero1-accumulate2": (
+        4,
+        ["--parallel.ring=2", "--engine.accumulation_steps=2", "--parallel.layout=balanced", "--data.seq_len=2047"],
+        "scale",
+    ),
 }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from unittest import mock
 
 import pytest
 import torch
-from plan_cases import OPTIM, TOLERANCE, PlanCase, errors, make_mesh
-from train_cases import full_step
+from plan_cases import OPTIM, TOLERANCE, WIDE, PlanCase, errors, make_mesh
+from train_cases import SEQ_LEN, full_step
 
 from longctx.engine import EngineConfig, TrainEngine, build_engine
 from longctx.model import Transformer
@@ -58,6 +59,45 @@ def test_broken_stages_are_caught():
     assert found.pop("right")[1] < TOLERANCE
     assert len(found) == 3
     assert {twin: pair for twin, pair in found.items() if not pair[1] > 1000 * TOLERANCE} == {}
+
+
+def measured(rank: int) -> dict[str, float]:
+    """What a step over two stages of two ring ranks each reports of its attention, and this rank's own layers."""
+    case = PlanCase(pp=2, ring=2)
+    mesh = make_mesh(case.plan)
+    settings = EngineConfig(micro_batch_size=2, accumulation_steps=2, zero_stage=0, kernel="reference")
+    engine = build_engine(case.model, settings, OPTIM, mesh, total_steps=2, seq_len=SEQ_LEN)
+    full = full_step(0, dp=1, accumulation=2)
+    assert engine.train_step(0, shard_step(full, mesh)).telemetry is None
+    mesh.journal.is_measuring = True
+    layers: set[int | None] = set()
+    post = mesh.journal.post
+
+    def remembering(*args, **settings):
+        message = post(*args, **settings)
+        layers.add(message.layer)
+        return message
+
+    with mock.patch.object(mesh.journal, "post", remembering):
+        told = engine.train_step(1, shard_step(full_step(1, dp=1, accumulation=2), mesh)).telemetry
+    assert told is not None
+    return asdict(told) | {"layers": sorted(layers), "area": sum(batch[0].meta.mask.area(SEQ_LEN) for batch in full)}
+
+
+def test_a_pipeline_reports_the_attention_of_all_stages():
+    found = run_distributed(measured, world=4, timeout_s=120)
+    layers = [of_rank.pop("layers") for of_rank in found]
+    assert layers == [[0, 1], [0, 1], [2], [2]], "each stage names its own layers"
+    assert all(of_rank == found[0] for of_rank in found), "every rank reports the same"
+    got = found[0]
+    # Of each layer and micro-batch: K and V of two rows of 24 tokens in fp32 forward, and again backward; dK and dV once.
+    keys_and_values = 2 * (2 * 24 * WIDE.num_kv_heads * WIDE.head_size * 4)
+    assert got["comm_bytes"] == 3 * 2 * 2 * keys_and_values / 2
+    assert 0 < got["exposed_comm_ms"] <= got["exposed_comm_ms_max"]
+    assert 1 <= got["attention_imbalance"] <= 4
+    # Forward four, backward ten operations for each pair, head and feature, of 3 layers.
+    flops = 14 * got["area"] * WIDE.num_heads * WIDE.head_size * 3
+    assert got["attention_tflops"] * got["attention_ms"] * 4 * 1e9 == pytest.approx(flops)
 
 
 # ---- shared matrices

@@ -20,11 +20,12 @@ AXES = ("dp", "pp", "ring", "ulysses", "tp")
 SAMPLE = (
     PlanCase(ring=2, tp=2, zero=0),
     PlanCase(ulysses=2, tp=2, zero=2, recompute=True),
-    PlanCase(dp=2, tp=2, zero=3, accumulation=4, tied=True, recompute=True, rich=True, shard_norms=True),
+    PlanCase(dp=2, tp=2, zero=3, accumulation=4, tied=True, recompute=True, rich=True, shard_norms=True, seq_len=47),
     PlanCase(pp=2, ulysses=2, zero=1, accumulation=4, tied=True, recompute=True, rich=True),
     PlanCase(pp=2, dp=2, zero=0, tied=True),
-    PlanCase(pp=2, ring=2, zero=1, accumulation=4, tied=True, recompute=True, dual=True, layers=5),
-    PlanCase(pp=2, ring=2, tp=2, zero=1, accumulation=4, tied=True, recompute=True, shard_norms=True),
+    PlanCase(pp=2, ring=2, zero=1, accumulation=4, tied=True, recompute=True, dual=True, layers=5, layout="auto"),
+    # Padded for the norms' sake, and each micro-batch cut otherwise.
+    PlanCase(pp=2, ring=2, tp=2, accumulation=4, recompute=True, shard_norms=True, layout="balanced", seq_len=45),
     PlanCase(dp=2, zero=2, offload="optimizer"),
     PlanCase(dp=2, zero=3, offload="all", accumulation=4, recompute=True),
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import longctx
-from longctx import bench, check, draw, info, results
+from longctx import bench, check, draw, info, numerics, results
 from longctx.__main__ import COMMANDS, TrainArguments
 from longctx.config import Config, key_names, load_config
 from longctx.weights import export_parser, import_parser, parse_bytes
@@ -96,6 +96,8 @@ def _pip(words):
 def _python(words):
     if words[0] == "train.py":
         _train(words[1:], world_size=1)
+    elif words[:2] == ["-m", "longctx.numerics"]:
+        assert numerics.parser().parse_args(words[2:]).rings
     else:
         assert words[:2] == ["-m", "longctx.results"]
         args = results.parser().parse_args(words[2:])
@@ -193,3 +195,24 @@ def test_ci_calls_make_test_and_keeps_its_exit_code(tmp_path):
     assert run.returncode == 2
     assert run.stdout.splitlines()[0] == "make test"
     assert run.stdout.splitlines()[-1] == "== 1 failed, 2 passed in 3.45s =="
+
+
+@pytest.mark.parametrize(("has_network", "is_ci"), [(True, True), (False, False), (False, True)])
+def test_the_newest_triton_may_be_missing_except_on_ci(tmp_path, has_network, is_ci):
+    """The Makefile's target for it, with an environment whose pip does or does not reach an index."""
+    stub = tmp_path / ".venv" / "bin" / "python"
+    stub.parent.mkdir(parents=True)
+    # ... -m pip install --quiet --no-deps --target FOLDER triton==VERSION
+    stub.write_text(f'#!/bin/sh\nmkdir -p "$7" && touch "$7/part"\nexit {0 if has_network else 1}\n')
+    stub.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", ".constraints.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / ".venv" / ".installed").touch()
+    (folder,) = re.findall(r"^TRITON_NEWEST := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    folder = f".cache/triton-{folder}"
+    env = {"PATH": "/usr/bin:/bin", **({"CI": "true"} if is_ci else {})}
+    run = subprocess.run(["make", folder], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (run.returncode == 0) == (has_network or not is_ci), run.stderr
+    assert (tmp_path / folder / "part").is_file() == has_network
+    assert not (tmp_path / f"{folder}.part").exists()
+    assert ("could not be installed" in run.stderr) == (not has_network)

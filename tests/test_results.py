@@ -157,6 +157,19 @@ class TestTables:
         assert lines[2] == "| 1B | 2 x GPU X | 9 500 | 95.0 % | 5e-03 over 2 steps |"
         assert tables.ring_table(rows[:2]).splitlines()[2].endswith("| 95.0 % | - |")
 
+    def test_a_rings_errors_stand_beside_those_of_one_rank(self):
+        def of(ring, metric, value):
+            config = f"ring {ring}, bf16 inputs, dk and dv sent in bf16, 1024 tokens"
+            return row(name="numerics/ring", config=config, metric=metric, value=value, unit="relative RMS")
+
+        rows = [of(1, "out", 2e-3), of(1, "dk", 1e-3), of(16, "out", 2e-3), of(16, "dk", 2.5e-3)]
+        lines = tables.numerics_table(rows[2:] + rows[:2]).splitlines()
+        assert lines[0].endswith("| one rank | ring 16 |")
+        assert lines[2:] == [
+            "| bf16 inputs, dk and dv sent in bf16, 1024 tokens | 1.0e-03 to 2.0e-03 | 2.50 x |",
+        ]
+        assert tables.numerics_table(rows[2:]) == "Not measured yet."
+
     @pytest.mark.parametrize("name", tables.TABLES)
     def test_without_measurements_a_table_says_so(self, name):
         text = render(README.format(name), [])
@@ -305,7 +318,7 @@ def test_every_results_file_can_be_read():
     rows = read(results.RESULTS)
     assert rows
     for r in rows:
-        assert r.name.split("/")[0] in {"attention", "train", "recall", "losses", "faults"}, (
+        assert r.name.split("/")[0] in {"attention", "train", "recall", "losses", "faults", "numerics"}, (
             f"{r.name} is shown in no table"
         )
         assert r.value > 0

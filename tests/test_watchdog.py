@@ -16,6 +16,7 @@ from watchdog_cases import TIMEOUT_S, Ranks
 from longctx.errors import DistributedError, NonFiniteError
 from longctx.heartbeat import Heartbeat, is_communication_error, machine_name, one_line, start_time
 from longctx.launch import Place
+from longctx.parallel.journal import Journal
 from longctx.watchdog import Watchdog
 
 
@@ -144,6 +145,22 @@ def test_who_is_behind_is_read_from_the_marks():
     dog.mark(3, "preparing", may_hang=False)
     dog._progress = dog._progress.__class__(3, "preparing", time.monotonic() - 100, False, 8)
     assert dog._stuck() is None, "work of unknown length is no hang"
+
+
+def test_messages_that_arrive_are_progress_within_a_step():
+    """A step of a very long sequence may take longer than timeout_s."""
+    dog = Watchdog(Place(), name_of=lambda r: f"ring{r}", timeout_s=10.0)
+    journal = Journal()
+    dog.watch(journal)
+    dog.mark(3, "computing")
+    dog._progress = dog._progress.__class__(3, "computing", time.monotonic() - 100, True, 7)
+    journal.enter(5)
+    journal.wait(journal.post("forward, K/V for hop 1", to=(1,), source=(2,), num_bytes=1), lambda: None)
+    assert dog._stuck() is None
+    journal._stood = (journal.standing().order, time.monotonic() - 50)
+    text = dog._stuck().text
+    assert text.startswith("no rank has made progress for 50 s at step 3")
+    assert "last message, arrived: layer 5, forward, K/V for hop 1 (to rank 1, from rank 2)" in text
 
 
 def test_a_rank_that_is_done_is_never_dead():

@@ -8,7 +8,6 @@ the whole row and adds into fp32 gradients. No kernel knows of ranks, layouts or
 from __future__ import annotations
 
 import importlib
-import logging
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +18,6 @@ import torch
 from longctx.errors import KernelError, ShapeError, did_you_mean
 from longctx.masks import UNBOUNDED, KeyRange
 from longctx.shapes import check_shapes
-
-log = logging.getLogger(__name__)
 
 Direction = Literal["forward", "backward"]
 
@@ -127,16 +124,18 @@ class BlockAttention(Protocol):
         """
 
 
-# name -> (module, class). In the order in which "auto" prefers them.
+# name -> (module, class). In the order in which "auto" prefers them where nothing was measured.
 _KERNELS = {
     "cudnn": ("longctx.kernels.cudnn", "CudnnAttention"),
+    "hopper": ("longctx.kernels.hopper_attention", "HopperAttention"),
     "triton": ("longctx.kernels.triton_attention", "TritonAttention"),
+    "flash4": ("longctx.kernels.flash4", "FlashAttention4"),
     "reference": ("longctx.kernels.reference", "ReferenceAttention"),
 }
 
 
 def kernel_names() -> tuple[str, ...]:
-    """Names that `get_kernel` knows, in the order in which "auto" tries them."""
+    """Names that `get_kernel` knows, in the order in which "auto" tries them where nothing was measured."""
     return tuple(_KERNELS)
 
 
@@ -156,12 +155,15 @@ def get_kernel(name: str) -> BlockAttention:
 def select_kernel(
     name: str, q: torch.Tensor, key_range: KeyRange, softcap: float = 0.0, direction: Direction = "forward"
 ) -> BlockAttention:
-    """The kernel for one block: the one named, or with "auto" the first that supports the block. The choice is logged once.
+    """The kernel for one block: the one named, or with "auto" what `longctx.kernels.choice` finds fastest.
 
     Raises:
         KernelError: the named kernel does not support the block (with its reason), or none does.
     """
-    return _select(name, q.device, q.dtype, q.shape[-1], block_kind(key_range), softcap, direction)
+    # Here: the choice knows the kernels that are registered in this module.
+    from longctx.kernels.choice import choose
+
+    return choose(name, q, key_range, softcap, direction)
 
 
 def block_kind(key_range: KeyRange) -> str:
@@ -174,44 +176,6 @@ def block_kind(key_range: KeyRange) -> str:
     if key_range.kind == "band" and (key_range.lo, key_range.hi) == (-UNBOUNDED, 1):
         return "causal"
     return "rectangle" if key_range.rectangle else key_range.kind
-
-
-@cache
-def _select(
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    kind: str,
-    softcap: float,
-    direction: Direction,
-) -> BlockAttention:
-    capped = f", softcap {softcap:g}" if softcap else ""
-    refused: list[str] = []
-    for candidate in _KERNELS if name == "auto" else (name,):
-        kernel = get_kernel(candidate)
-        reason = kernel.supports(
-            device=device, dtype=dtype, head_dim=head_dim, kind=kind, softcap=softcap, direction=direction
-        )
-        if reason is None:
-            why = f" ({'; '.join(refused)})" if refused else ""
-            log.info(
-                "attention kernel for %s on %s %s head dim %d, %s%s: %s%s",
-                direction,
-                device.type,
-                dtype,
-                head_dim,
-                kind,
-                capped,
-                candidate,
-                why,
-            )
-            return kernel
-        refused.append(f"{candidate}: {reason}")
-    raise KernelError(
-        f"no attention kernel {direction} for {dtype} with head dim {head_dim} on {device.type}, key range {kind!r}{capped}\n  "
-        + "\n  ".join(refused)
-    )
 
 
 def begin_fresh(acc: torch.Tensor, keys: slice) -> torch.Tensor:

@@ -129,7 +129,7 @@ def as_operand(t: torch.Tensor, rows: int, d_pad: int, use_descriptor: bool):
     if not use_descriptor:
         return t
     b, s, h, d = t.shape
-    sb, ss, sh, sd = _strides(t)
+    sb, ss, sh, sd = strides_of(t)
     return TensorDescriptor(t, [b, h, s, d], [sb, sh, ss, sd], [1, 1, rows, d_pad])
 
 
@@ -143,12 +143,12 @@ def can_describe(*tensors: torch.Tensor) -> bool:
     return all(
         t.numel() > 0
         and t.data_ptr() % 16 == 0
-        and all(0 < s * t.element_size() < 1 << 40 and s * t.element_size() % 16 == 0 for s in _strides(t)[:3])
+        and all(0 < s * t.element_size() < 1 << 40 and s * t.element_size() % 16 == 0 for s in strides_of(t)[:3])
         for t in tensors
     )
 
 
-def _strides(t: torch.Tensor) -> tuple[int, int, int, int]:
+def strides_of(t: torch.Tensor) -> tuple[int, int, int, int]:
     """Strides of "b s h d"; an axis of size 1 is given the one it would have in a contiguous tensor: torch leaves it free."""
     b, s, h, d = t.shape
     own, plain = t.stride(), (s * h * d, h * d, d, 1)

@@ -69,9 +69,9 @@ class TritonAttention:
         final: bool = False,
     ) -> SoftmaxState:
         check_block(q, k, v)
-        _check_scale(scale)
+        check_scale(scale)
         check_softcap(softcap)
-        if _nothing_to_do(q, k, key_range):
+        if nothing_to_do(q, k, key_range):
             return SoftmaxState.empty_like(q) if state is None else state
         if piece := key_range.rectangle:
             key_range.bounds(q.shape[1], k.shape[1])  # refuses intervals of other lengths
@@ -107,9 +107,9 @@ class TritonAttention:
         fresh: bool = False,
     ) -> None:
         check_block(q, k, v, dout=dout)
-        _check_scale(scale)
+        check_scale(scale)
         check_softcap(softcap)
-        if _nothing_to_do(q, k, key_range):
+        if nothing_to_do(q, k, key_range):
             if fresh:
                 dk_acc.zero_()
                 dv_acc.zero_()
@@ -171,11 +171,11 @@ class TritonAttention:
         return self.tiles or tiles_for(padded(q.shape[-1]), q.dtype, q.device)
 
 
-def _nothing_to_do(q: torch.Tensor, k: torch.Tensor, key_range: KeyRange) -> bool:
+def nothing_to_do(q: torch.Tensor, k: torch.Tensor, key_range: KeyRange) -> bool:
     return key_range.kind == "empty" or q.numel() == 0 or k.numel() == 0
 
 
-def _check_scale(scale: float) -> None:
+def check_scale(scale: float) -> None:
     # The running maximum is taken before the scores are scaled, which is right only for a scale that keeps their order.
     if not scale >= 0:
         raise KernelError(f"scale is {scale}, but the Triton kernels need scale >= 0: negate q instead")

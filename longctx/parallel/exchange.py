@@ -17,11 +17,14 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import DistributedError
+from longctx.parallel.journal import Journal
 
 # The only registry of live objects in this package. A custom op takes tensors, numbers and strings, so it names its
 # exchange by a handle. Entries go with their meshes.
 _EXCHANGES: WeakValueDictionary[str, RingExchange | HeadExchange | TensorExchange] = WeakValueDictionary()
 _handles = itertools.count()
+# Between the name of an exchange and the layer that uses it.
+_AT = "@"
 
 
 class Link(Protocol):
@@ -93,14 +96,23 @@ class RingExchange:
         link: what carries the messages; None for a ring of one.
         prefix: how this rank's messages to the user begin.
         grad_dtype: dtype of key and value gradients on the wire. None: as they are accumulated, fp32.
+        journal: where its messages are noted; None: one of its own.
 
     Attributes:
-        handle: names this exchange in a custom op's arguments; empty for a ring of one.
+        handle: names this exchange in a custom op's arguments; empty for a ring of one that has no journal given.
         bytes_sent: payload of all messages so far.
     """
 
-    def __init__(self, link: Link | None, *, prefix: str = "", grad_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        link: Link | None,
+        *,
+        prefix: str = "",
+        grad_dtype: torch.dtype | None = None,
+        journal: Journal | None = None,
+    ) -> None:
         self._link = link
+        self.journal = Journal() if journal is None else journal
         self._prefix = prefix
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self.grad_dtype = grad_dtype
@@ -108,7 +120,7 @@ class RingExchange:
         self.world = len(link.peers) if link is not None else 1
         self.bytes_sent = 0
         self.handle = ""
-        if link is not None:
+        if link is not None or journal is not None:
             self.handle = f"ring{next(_handles)}"
             _EXCHANGES[self.handle] = self
 
@@ -136,20 +148,23 @@ class RingExchange:
         received = self._spare(purpose, tensor) if into is None else into
 
         def failed(error: Exception) -> DistributedError:
-            peers = self._link.peers  # type: ignore[union-attr]
+            layer = "" if message.layer is None else f"layer {message.layer}, "
             return DistributedError(
-                f"{self._prefix} {what}: sending to ring rank {to} (rank {peers[to]}) and receiving from ring rank "
+                f"{self._prefix} {layer}{what}: sending to ring rank {to} (rank {peers[to]}) and receiving from ring rank "
                 f"{source} (rank {peers[source]}) failed: {error}\n"
                 "       one of them died, hangs, or is at another place of the program: look for the first error among "
                 "all ranks"
             )
 
+        num_bytes = tensor.numel() * tensor.element_size()
+        peers = self._link.peers
+        message = self.journal.post(what, to=(peers[to],), source=(peers[source],), num_bytes=num_bytes)
         try:
-            wait = self._link.swap(tensor, received, to=to, source=source)
+            arrive = self._link.swap(tensor, received, to=to, source=source)
         except RuntimeError as error:
             raise failed(error) from error
-        self.bytes_sent += tensor.numel() * tensor.element_size()
-        return Rotation(received, tensor, wait, failed)
+        self.bytes_sent += num_bytes
+        return Rotation(received, tensor, lambda: self.journal.wait(message, arrive), failed)
 
     def warm_up(self, device: torch.device) -> None:
         """Send one number each way round, so that connections are made now, in the same order on all ranks.
@@ -179,16 +194,17 @@ class RingExchange:
 
 
 def get_exchange(handle: str) -> RingExchange:
-    """The exchange of that handle; an empty handle is a ring of one.
+    """The exchange of that handle, for one operation, which its journal notes; an empty handle is a ring of one.
+
+    Args:
+        handle: `RingExchange.handle`, also as `at_layer` makes it.
 
     Raises:
         DistributedError: its mesh is gone.
     """
     if not handle:
         return RingExchange(None)
-    exchange = _EXCHANGES.get(handle)
-    if exchange is None:
-        raise _mesh_is_gone("ring", handle)
+    exchange = _enter(handle, "ring")
     assert isinstance(exchange, RingExchange), f"{handle} is no ring"
     return exchange
 
@@ -199,28 +215,32 @@ class HeadExchange:
     Args:
         group: of the ranks, in Ulysses order; None for one rank alone.
         prefix: how this rank's messages to the user begin.
+        journal: where its messages are noted; None: one of its own.
 
     Attributes:
         handle: names this exchange in a custom op's arguments; empty for one rank.
         bytes_sent: payload of all messages to others so far.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, *, prefix: str = "") -> None:
+    def __init__(self, group: dist.ProcessGroup | None, *, prefix: str = "", journal: Journal | None = None) -> None:
         self._group = group
+        self.journal = Journal() if journal is None else journal
         self._prefix = prefix
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world = dist.get_world_size(group) if group is not None else 1
+        self._peers = tuple(dist.get_process_group_ranks(group)) if group is not None else (0,)
         self.bytes_sent = 0
         self.handle = ""
         if group is not None:
             self.handle = f"ulysses{next(_handles)}"
             _EXCHANGES[self.handle] = self
 
-    def all_to_all(self, message: torch.Tensor) -> torch.Tensor:
+    def all_to_all(self, message: torch.Tensor, *, what: str) -> torch.Tensor:
         """Hand `message[j]` to rank j, for all j.
 
         Args:
             message: [world, ...], contiguous, of one shape and dtype on all ranks.
+            what: names the message in errors and reports.
 
         Returns:
             A new tensor of that shape: `[i]` came from rank i.
@@ -233,40 +253,45 @@ class HeadExchange:
         if self._group is None:
             return message.clone()
         received = torch.empty_like(message)
+        num_bytes = message.numel() * message.element_size() // self.world * (self.world - 1)
+        note = self.journal.post(what, to=self._peers, source=self._peers, num_bytes=num_bytes)
         try:
             # As bytes: gloo does not know every dtype.
-            dist.all_to_all_single(_as_bytes(received), _as_bytes(message), group=self._group)
+            self.journal.wait(
+                note, lambda: dist.all_to_all_single(_as_bytes(received), _as_bytes(message), group=self._group)
+            )
         except RuntimeError as error:
-            ranks = dist.get_process_group_ranks(self._group)
+            layer = "" if note.layer is None else f"layer {note.layer}, "
             raise DistributedError(
-                f"{self._prefix} all-to-all among the ranks {ranks} failed: {error}\n"
+                f"{self._prefix} {layer}{what}: all-to-all among the ranks {list(self._peers)} failed: {error}\n"
                 "       one of them died, hangs, or is at another place of the program: look for the first error among "
                 "all ranks"
             ) from error
-        self.bytes_sent += message.numel() * message.element_size() // self.world * (self.world - 1)
+        self.bytes_sent += num_bytes
         return received
 
     def warm_up(self, device: torch.device) -> None:
         """Exchange one number with everyone, so that connections are made now, in the same order on all ranks."""
         if self._group is None:
             return
-        heard = self.all_to_all(torch.full((self.world, 1), float(self.rank), device=device))
+        heard = self.all_to_all(torch.full((self.world, 1), float(self.rank), device=device), what="first contact")
         if heard.flatten().tolist() != list(range(self.world)):
             raise DistributedError(f"{self._prefix} first contact: heard the Ulysses ranks {heard.flatten().tolist()}")
         self.bytes_sent = 0
 
 
 def get_head_exchange(handle: str) -> HeadExchange:
-    """The exchange of that handle; an empty handle is one rank alone.
+    """The exchange of that handle, for one operation, which its journal notes; an empty handle is one rank alone.
+
+    Args:
+        handle: `HeadExchange.handle`, also as `at_layer` makes it.
 
     Raises:
         DistributedError: its mesh is gone.
     """
     if not handle:
         return HeadExchange(None)
-    exchange = _EXCHANGES.get(handle)
-    if exchange is None:
-        raise _mesh_is_gone("Ulysses", handle)
+    exchange = _enter(handle, "Ulysses")
     assert isinstance(exchange, HeadExchange), f"{handle} is no exchange of heads"
     return exchange
 
@@ -364,6 +389,22 @@ def get_tensor_exchange(handle: str) -> TensorExchange:
     if exchange is None:
         raise _mesh_is_gone("tensor", handle)
     assert isinstance(exchange, TensorExchange), f"{handle} is no exchange of tensor parallelism"
+    return exchange
+
+
+def at_layer(handle: str, layer: int | None) -> str:
+    """A handle that says which layer of a model uses it: reports name it, in forward and in backward."""
+    return handle if layer is None or not handle else f"{handle}{_AT}{layer}"
+
+
+def _enter(handle: str, kind: str) -> RingExchange | HeadExchange:
+    """The exchange, whose next operation begins."""
+    name, _, layer = handle.partition(_AT)
+    exchange = _EXCHANGES.get(name)
+    if exchange is None:
+        raise _mesh_is_gone(kind, name)
+    assert not isinstance(exchange, TensorExchange), f"{name} is no exchange of attention"
+    exchange.journal.enter(int(layer) if layer else None)
     return exchange
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from longctx.errors import DistributedError
-from longctx.parallel.exchange import GroupLink, HeadExchange, Link, RingExchange, TensorExchange
+from longctx.parallel.agreement import Agreement
+from longctx.parallel.exchange import GroupLink, HeadExchange, Link, RingExchange, TensorExchange, at_layer
+from longctx.parallel.journal import Journal
 from longctx.parallel.plan import Coords, ParallelPlan
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
@@ -56,6 +60,10 @@ class ParallelMesh:
 
     Several meshes may live in one process. Make one with `ParallelMesh.create`, at the same place of the program on every
     rank.
+
+    Attributes:
+        journal: the messages of this process over this mesh.
+        agreement: compares what the ranks of `sp` are about to attend to.
     """
 
     def __init__(
@@ -67,6 +75,8 @@ class ParallelMesh:
         groups: dict[str, dist.ProcessGroup | None],
         link: Link | None,
         grad_dtype: torch.dtype | None = None,
+        store: dist.Store | None = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
         self.plan = plan
         self.rank = rank
@@ -78,11 +88,21 @@ class ParallelMesh:
             for name in _AXES
             for ranks in [_axis_ranks(plan, name, self.coords)]
         )
-        self._link = link
-        self._grad_dtype = grad_dtype
-        self._exchange: RingExchange | None = None
-        self._head_exchange: HeadExchange | None = None
-        self._tensor_exchange: TensorExchange | None = None
+        self.journal = Journal(device)
+        self.agreement = Agreement(
+            store,
+            rank,
+            self.sp.ranks,
+            name_of=lambda r: str(plan.coords(r)),
+            prefix=self.prefix,
+            timeout=timeout,
+        )
+        self._layer: int | None = None
+        self._exchange = RingExchange(
+            link, prefix=self.prefix, grad_dtype=grad_dtype or plan.wire_dtype, journal=self.journal
+        )
+        self._head_exchange = HeadExchange(self.ulysses.group, prefix=self.prefix, journal=self.journal)
+        self._tensor_exchange = TensorExchange(self.tp.group, prefix=self.prefix)
 
     @classmethod
     def create(
@@ -99,7 +119,7 @@ class ParallelMesh:
             plan: dp may be left open; the world fills it in.
             device: where this process's tensors live. On CUDA it must be the current device.
             timeout: how long a rank waits for another before it fails.
-            grad_dtype: dtype of key and value gradients on the ring's wire. None: fp32, as they are accumulated.
+            grad_dtype: dtype of key and value gradients on the ring's wire. None: what `plan.grad_dtype` says.
 
         A plan for one process needs no `torch.distributed.init_process_group`.
 
@@ -118,31 +138,52 @@ class ParallelMesh:
             groups = _make_groups(plan, rank, device, timeout)
         ring = groups.get("ring")
         link = GroupLink(ring) if ring is not None else None
-        mesh = cls(plan, rank, device=device, groups=groups, link=link, grad_dtype=grad_dtype)
+        sp = groups.get("sp")
+        mesh = cls(
+            plan,
+            rank,
+            device=device,
+            groups=groups,
+            link=link,
+            grad_dtype=grad_dtype,
+            store=None if sp is None else _store_of(sp),
+            timeout=timeout,
+        )
         mesh.exchange.warm_up(device)
         mesh.head_exchange.warm_up(device)
         mesh.tensor_exchange.warm_up(device)
+        mesh.journal.discard()
         return mesh
 
     @property
     def exchange(self) -> RingExchange:
         """The exchange of this process's ring, the same object every time."""
-        if self._exchange is None:
-            self._exchange = RingExchange(self._link, prefix=self.prefix, grad_dtype=self._grad_dtype)
         return self._exchange
 
     @property
     def head_exchange(self) -> HeadExchange:
         """The exchange of this process's Ulysses ranks, the same object every time."""
-        if self._head_exchange is None:
-            self._head_exchange = HeadExchange(self.ulysses.group, prefix=self.prefix)
         return self._head_exchange
+
+    def for_layer(self, layer: int) -> ParallelMesh:
+        """This mesh as that layer of a model uses it: the same in everything, but reports name the layer."""
+        mesh = copy.copy(self)
+        mesh._layer = layer
+        return mesh
+
+    @property
+    def ring_handle(self) -> str:
+        """What an operator gets to find `exchange`."""
+        return at_layer(self._exchange.handle, self._layer)
+
+    @property
+    def head_handle(self) -> str:
+        """What an operator gets to find `head_exchange`."""
+        return at_layer(self._head_exchange.handle, self._layer)
 
     @property
     def tensor_exchange(self) -> TensorExchange:
         """The exchange of this process's tp ranks, the same object every time."""
-        if self._tensor_exchange is None:
-            self._tensor_exchange = TensorExchange(self.tp.group, prefix=self.prefix)
         return self._tensor_exchange
 
     @property
@@ -152,6 +193,13 @@ class ParallelMesh:
 
     def __repr__(self) -> str:
         return f"ParallelMesh({self.prefix} of {self.plan})"
+
+
+def _store_of(group: dist.ProcessGroup) -> dist.Store:
+    """Where the ranks of `group`, and no others, can leave each other notes."""
+    # A connection of its own: who waits on it stands in nobody's way.
+    store: Any = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"longctx/{group.group_name}", store.clone())
 
 
 def _wants_one(plan: ParallelPlan) -> bool:

@@ -8,7 +8,6 @@ A rank's place follows one rule, with tensor parallelism innermost and pipeline 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,7 +15,7 @@ from typing import Literal
 import torch
 
 from longctx.errors import LongCtxError, PlanError, Problem, did_you_mean, format_problems
-from longctx.layout import LAYOUTS, SequenceLayout, SequenceMeta, get_layout, nearest_lengths, shard_multiple
+from longctx.layout import SequenceLayout, SequenceMeta, get_layout, layout_names, shard_multiple
 
 SCHEDULES = ("1f1b", "dualpipev")
 
@@ -50,7 +49,10 @@ class ParallelPlan:
             is that many processes. Must divide the query heads; key heads are divided, or repeated where they are fewer.
         tp: processes that share each weight matrix; they hold the same tokens. Must divide the query heads, the key heads, the
             features of the SwiGLU and the vocabulary; Ulysses then divides the heads that are left.
-        layout: which positions of a sequence each ring rank holds, by name.
+        layout: which positions of a sequence each ring rank holds, by name; "auto": for each batch's mask the layout that is
+            fastest for it.
+        grad_dtype: of key and value gradients on the ring's wire: as they are summed, or in half the bytes, rounded at each
+            hop.
         schedule: of the pipeline's micro-batches. "1f1b": one forward, one backward in turn. "dualpipev": each process holds two
             stages, one from the front and one from the back, and is idle for less of a step; it keeps the activations of more
             micro-batches, and needs at least 2 pp of them.
@@ -71,6 +73,7 @@ class ParallelPlan:
     schedule: Literal["1f1b", "dualpipev"] = "1f1b"
     shard_norms: bool = False
     allow_across_nodes: bool = False
+    grad_dtype: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def sp(self) -> int:
@@ -102,10 +105,19 @@ class ParallelPlan:
         return get_layout(self.layout)
 
     @property
+    def local_multiple(self) -> int:
+        """What the tokens of each rank must be a multiple of, beyond what the layout needs."""
+        return self.tp if self.shard_norms else 1
+
+    @property
     def seq_multiple(self) -> int:
-        """What the length of a sequence must be a multiple of."""
-        multiple = shard_multiple(self.sequence_layout, self.ring, self.ulysses)
-        return math.lcm(multiple, self.sp * self.tp) if self.shard_norms else multiple
+        """What a sequence is padded to a multiple of."""
+        return shard_multiple(self.sequence_layout, self.ring, self.ulysses, self.local_multiple)
+
+    @property
+    def wire_dtype(self) -> torch.dtype | None:
+        """`grad_dtype` as `ParallelMesh.create` takes it: None leaves gradients in the dtype of their sums."""
+        return torch.bfloat16 if self.grad_dtype == "bf16" else None
 
     @property
     def _resolved_dp(self) -> int:
@@ -134,11 +146,20 @@ class ParallelPlan:
             found.append(Problem(f"schedule = {self.schedule}, but there is no pipeline", "schedule 1f1b, or pp 2"))
         if self.shard_norms and self.tp == 1:
             found.append(Problem("shard_norms = true, but there is no tp to share norms", "shard_norms false, or tp 2"))
-        if self.layout not in LAYOUTS:
+        if self.layout not in layout_names():
             try:
                 get_layout(self.layout)
             except LongCtxError as error:
                 found.append(Problem(str(error)))
+        if self.grad_dtype not in ("fp32", "bf16"):
+            found.append(Problem(f"grad_dtype = {self.grad_dtype!r} is not known", "one of fp32, bf16"))
+        elif self.grad_dtype != "fp32" and self.ring == 1:
+            found.append(
+                Problem(
+                    f"grad_dtype = {self.grad_dtype} with ring 1: only a ring sends gradients of keys and values",
+                    "leave grad_dtype out, or use a ring of 2 or more",
+                )
+            )
         return found
 
     def check(
@@ -191,17 +212,13 @@ class ParallelPlan:
             found += ulysses_problems(
                 num_heads // self.tp, num_kv_heads // self.tp, ulysses=self.ulysses, ring=self.ring, tp=self.tp
             )
-        if min(self.ring, self.ulysses, self.tp) >= 1 and self.layout in LAYOUTS:
-            multiple = self.seq_multiple
-            if seq_len < 1 or seq_len % multiple:
-                over = f"ring {self.ring}" + (f" x ulysses {self.ulysses}" if self.ulysses > 1 else "")
-                over += f", norms over tp {self.tp}" * self.shard_norms
-                found.append(
-                    Problem(
-                        f"seq_len = {seq_len:_} is not a multiple of {multiple} ({self.layout} over {over})",
-                        f"nearest: {nearest_lengths(seq_len, multiple)}",
-                    )
+        if self.sp >= 1 and seq_len < self.sp:
+            found.append(
+                Problem(
+                    f"seq_len = {seq_len:_} is less than a token for each of the {self.sp} ranks that share a sequence",
+                    f"use {self.sp:_} or more, or a smaller ring",
                 )
+            )
         return found
 
     def resolve(self, world_size: int) -> ParallelPlan:
@@ -263,13 +280,15 @@ class ParallelPlan:
         """Who is where, one line a rank, and with whom.
 
         Args:
-            seq_len: with it, also the token positions that each rank holds.
+            seq_len: with it, also the token positions that each rank holds under a causal mask.
             layers: of each stage; with it, also the layers that each rank holds.
 
         Raises:
-            PlanError: dp is not known yet, or the layout cannot cut `seq_len`.
+            PlanError: dp is not known yet, or there is no `seq_len` to cut.
         """
-        lines = [f"{self}: {self.world_size} ranks, layout {self.layout}"]
+        is_fitted = seq_len is not None and self.ring > 1 and self.sequence_layout.fits_masks
+        fitted = "; positions for a causal mask, other masks may have others" if is_fitted else ""
+        lines = [f"{self}: {self.world_size} ranks, layout {self.layout}{fitted}"]
         width = len(str(self.world_size - 1))
         for rank in range(self.world_size):
             coords = self.coords(rank)
@@ -282,8 +301,11 @@ class ParallelPlan:
                     ring_world=self.ring,
                     ulysses_rank=coords.ulysses,
                     ulysses_world=self.ulysses,
+                    local_multiple=self.local_multiple,
                 )
-                line += f"  tokens {_spans(meta.positions)}"
+                real = meta.positions[meta.positions < seq_len]
+                line += f"  tokens {_spans(real)}" if len(real) else "  tokens none"
+                line += f", {meta.local_len - len(real)} of padding" * (len(real) < meta.local_len)
             if layers is not None:
                 held = []
                 for stage in self.stages_of(coords.pp):

@@ -26,7 +26,12 @@ from longctx.parallel.schedule import CACHED_SCHEDULES, unpack_hops
 Hops = list[tuple[int, KeyRange]]
 
 # Kernels whose backward makes delta of out and dout, whatever delta it is given.
-_OWN_DELTA = ("cudnn",)
+_OWN_DELTA = ("cudnn", "flash4")
+
+# Matrix products of a block, each 2 FLOPs for every visible pair, head and element of the head: q k^T and p v; in
+# backward q k^T once more, dp, dv, dk and dq.
+_FORWARD_PRODUCTS = 2
+_BACKWARD_PRODUCTS = 5
 
 
 @torch.library.custom_op(
@@ -65,6 +70,7 @@ def _ring_attention(
     todo = _unpack(hops, rows)
     # Chosen before the first message: a block that no kernel can do must not leave other ranks waiting.
     kernels = [None if kr.kind == "empty" else select_kernel(kernel, q, kr, softcap) for _, kr in todo]
+    ring.journal.begin_attention(lambda: _flops(q, k, todo, _FORWARD_PRODUCTS))
     message = torch.stack((k, v)) if len(todo) > 1 else k.new_empty(0)
     held = torch.empty_like(message)
     block = (k, v)
@@ -86,7 +92,9 @@ def _ring_attention(
     state = SoftmaxState.empty_like(q) if state is None else state
     if sinks is not None:
         add_sinks(state, sinks)
-    return state.out.to(q.dtype), state.lse, held
+    out = state.out.to(q.dtype)
+    ring.journal.end_attention()
+    return out, state.lse, held
 
 
 @torch.library.custom_op(
@@ -117,6 +125,7 @@ def _ring_attention_backward(
     ring = get_exchange(exchange)
     todo = _unpack(hops, rows)
     kernels = [None if kr.kind == "empty" else _backward_kernel(kernel, q, kr, softcap, dlse) for _, kr in todo]
+    ring.journal.begin_attention(lambda: _flops(q, k, todo, _BACKWARD_PRODUCTS))
     # Gradients of sums and means come as expanded tensors, whose strides are 0.
     dout = dout.contiguous()
     delta = row_delta(out, dout)
@@ -179,7 +188,9 @@ def _ring_attention_backward(
         arrived = riding.wait()
         dk += arrived[0]
         dv += arrived[1]
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+    grads_qkv = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    ring.journal.end_attention()
+    return *grads_qkv, dsinks
 
 
 @_ring_attention.register_fake
@@ -219,6 +230,12 @@ _ring_attention.register_autograd(_backward, setup_context=_setup_context)
 # messages are never sent a second time.
 RING_ATTENTION_OP = torch.ops.longctx.ring_attention.default
 RING_ATTENTION_BACKWARD_OP = torch.ops.longctx.ring_attention_backward.default
+
+
+def _flops(q: Tensor, k: Tensor, todo: Hops, products: int) -> float:
+    """What this rank computes for the pairs that its mask shows."""
+    b, s, h, d = q.shape
+    return 2.0 * products * h * d * sum(key_range.pairs(b, s, k.shape[1]) for _, key_range in todo)
 
 
 def _accumulator(like: Tensor) -> Tensor:

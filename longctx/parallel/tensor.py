@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from longctx.errors import ShapeError
 from longctx.parallel.exchange import TensorExchange, get_tensor_exchange
 from longctx.parallel.slices import ParameterSlice
 
@@ -180,9 +181,17 @@ class TensorParallel:
 
         Args:
             keep: activation checkpointing is to keep it, because something later in the same layer needs it in backward.
+
+        Raises:
+            ShapeError: the ranks cannot share the tokens evenly.
         """
         if self.size == 1:
             return x
+        if self.shards_tokens and x.shape[1] % self.size:
+            raise ShapeError(
+                f"{x.shape[1]:_} tokens cannot be shared by {self.size} tp ranks\n"
+                "       make the meta with SequenceMeta.of(..., local_multiple=plan.local_multiple), which pads them"
+            )
         return (_Scatter if self.shards_tokens else _Leave).apply(x, self.exchange, keep)
 
     def part(self, whole: int) -> int:

@@ -26,26 +26,29 @@ from torch import Tensor
 from longctx.parallel.exchange import get_head_exchange
 
 
-@torch.library.custom_op("longctx::all_to_all", mutates_args=(), schema="(Tensor message, str exchange) -> Tensor")
-def _all_to_all(message: Tensor, exchange: str) -> Tensor:
+@torch.library.custom_op(
+    "longctx::all_to_all", mutates_args=(), schema='(Tensor message, str exchange, str what="message") -> Tensor'
+)
+def _all_to_all(message: Tensor, exchange: str, what: str = "message") -> Tensor:
     """Hand `message[j]` to rank j of the `HeadExchange` of that handle; `[i]` of the result came from rank i.
 
-    Collective. The result is contiguous. Its gradient is the same exchange of the gradient.
+    Collective. The result is contiguous. Its gradient is the same exchange of the gradient. `what` names the message in
+    errors and reports.
     """
-    return get_head_exchange(exchange).all_to_all(message.contiguous())
+    return get_head_exchange(exchange).all_to_all(message.contiguous(), what=what)
 
 
 @_all_to_all.register_fake
-def _(message, exchange):
+def _(message, exchange, what="message"):
     return message.new_empty(message.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    _, ctx.exchange = inputs
+    _, ctx.exchange, ctx.what = inputs
 
 
 def _backward(ctx, grad):
-    return ALL_TO_ALL_OP(grad, ctx.exchange), None
+    return ALL_TO_ALL_OP(grad, ctx.exchange, f"backward, gradient of {ctx.what.removeprefix('forward, ')}"), None, None
 
 
 _all_to_all.register_autograd(_backward, setup_context=_setup_context)
@@ -66,7 +69,9 @@ def to_heads(q: Tensor, k: Tensor, v: Tensor, *, world: int, exchange: str) -> t
         q: "b (u s) (h/u) d"; k, v: "b (u s) (max(hk, u)/u) d". Strided, with a unit last stride.
     """
     packed = [x.unflatten(2, (world, -1)).movedim(2, 0) for x in (q, repeat_heads(k, world), repeat_heads(v, world))]
-    received = ALL_TO_ALL_OP(torch.cat(packed, 3), exchange)  # [u, b, s, heads of q, k and v, d]
+    received = ALL_TO_ALL_OP(
+        torch.cat(packed, 3), exchange, "forward, Q/K/V to heads"
+    )  # [u, b, s, heads of q, k and v, d]
     whole = received.movedim(0, 1).flatten(1, 2)  # u b s n d -> b (u s) n d
     q, k, v = whole.split([x.shape[3] for x in packed], 2)
     return q, k, v
@@ -84,10 +89,10 @@ def repeat_heads(x: Tensor, world: int) -> Tensor:
 def to_sequence(out: Tensor, *, world: int, exchange: str) -> Tensor:
     """Outputs of all tokens for this rank's heads -> those of the local tokens: "b (u s) (h/u) d" -> "b s h d"."""
     message = out.unflatten(1, (world, -1)).movedim(1, 0)  # b (u s) n d -> u b s n d
-    return ALL_TO_ALL_OP(message, exchange).movedim(0, 2).flatten(2, 3)
+    return ALL_TO_ALL_OP(message, exchange, "forward, output to tokens").movedim(0, 2).flatten(2, 3)
 
 
 def lse_to_sequence(lse: Tensor, *, world: int, exchange: str) -> Tensor:
     """The same for lse: "b (h/u) (u s)" -> "b h s"."""
     message = lse.unflatten(2, (world, -1)).movedim(2, 0)  # b n (u s) -> u b n s
-    return ALL_TO_ALL_OP(message, exchange).movedim(0, 1).flatten(1, 2)
+    return ALL_TO_ALL_OP(message, exchange, "forward, lse to tokens").movedim(0, 1).flatten(1, 2)

@@ -6,18 +6,21 @@ standard input and writes what ptxas says about each kernel to standard output.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import types
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
-KINDS = ("full", "causal", "window", "rows")
 KERNELS = ("forward", "dq", "dkdv")
 
 
@@ -41,25 +44,34 @@ class _NoDriver:
 
 @contextmanager
 def compile_only(capability: int = 90):
-    """Inside, launching a kernel only compiles it; yields the list that compiled kernels are put in."""
+    """Inside, launching a kernel only compiles it; yields the list of (name, compiled kernel, log of ptxas)."""
     import triton
     from triton.runtime.jit import JITFunction
 
     assert not triton.knobs.runtime.interpret, "kernels made for the interpreter cannot be compiled"
+    # ptxas says what it did only when it runs: nothing is taken from the cache on the disk.
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True
     compiled = []
     run = JITFunction.run
 
     def warm_up(self, *args, grid, warmup, **kwargs):
         # Kernels are remembered per device number, not per target.
         self.device_caches.clear()
-        compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.__name__, kernel, log.getvalue()))
 
     triton.runtime.driver.set_active(_NoDriver(capability))
-    JITFunction.run = warm_up
-    try:
+    # What a launcher asks of a device that is not there: how many programs run side by side, and to be the current one.
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    with (
+        mock.patch.object(JITFunction, "run", warm_up),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
+    ):
         yield compiled
-    finally:
-        JITFunction.run = run
 
 
 def key_range(kind: str, s: int):
@@ -75,76 +87,112 @@ def key_range(kind: str, s: int):
 
 
 def compile_job(job: dict) -> dict:
-    """Compile one kernel; `job`: kernel, head_dim, dtype, kind, carry, tile (fields of `Tile`), s, b, h, hk, capability (90),
-    softcap (0).
+    """Compile what one job launches, on tensors without storage.
 
-    Returns the job with registers, spill_bytes, shared, num_wgmma and warnings of ptxas, or with `error`.
+    Args:
+        job: kernel, head_dim, dtype, kind, carry, s, b, h, hk, softcap (0). Of the portable kernels "forward", "dq" and "dkdv"
+            also tile (fields of `Tile`) and capability (90); of "hopper_forward" final (False), of "hopper_backward" fresh and
+            deterministic (False).
+
+    Returns:
+        The job with `triton`, where it was compiled, and `kernels`, a report of each kernel that was launched, or `error`. What
+        is said of a single kernel stands beside that as well.
     """
+    import triton
+
+    done = {**job, "triton": os.path.dirname(triton.__file__)}
+    launch = _launch_hopper if job["kernel"].startswith("hopper") else _launch_portable
+    with compile_only(job.get("capability", 90)) as compiled:
+        try:
+            launch(job, {"scale": job["head_dim"] ** -0.5, "softcap": job.get("softcap", 0.0)})
+        except Exception as error:
+            return {**done, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
+    reports = [_report(*of_kernel) for of_kernel in compiled]
+    return {**done, **(reports[0] if len(reports) == 1 else {}), "kernels": reports}
+
+
+def _launch_portable(job: dict, options: dict) -> None:
     from longctx.kernels import SoftmaxState
     from longctx.kernels.triton_attention import TritonAttention
     from longctx.kernels.tuning import Tile, Tiles
 
     tile = Tile(**job["tile"])
+    q, k, lse, acc_q, acc_k = _block(job)
+    attention = TritonAttention(Tiles(tile, tile, tile))
+    visible = key_range(job["kind"], job["s"])
+    if job["kernel"] == "forward":
+        state = SoftmaxState(acc_q, lse) if job["carry"] else None
+        attention.forward(q, k, k, visible, **options, state=state)
+    elif job["kernel"] == "dq":
+        attention.add_dq(q, q, k, k, lse, lse, visible, **options, dq_acc=acc_q)
+    else:
+        attention.add_dkdv(q, q, k, k, lse, lse, visible, **options, dk_acc=acc_k, dv_acc=acc_k)
+
+
+def _launch_hopper(job: dict, options: dict) -> None:
+    """Through the contract, as the library launches it."""
+    from longctx.kernels import SoftmaxState, get_kernel
+
+    attention = get_kernel("hopper")
+    if job.get("deterministic"):
+        attention = type(attention)(deterministic=True)
+    q, k, lse, acc_q, acc_k = _block(job)
+    visible = key_range(job["kind"], job["s"])
+    if job["kernel"] == "hopper_forward":
+        state = SoftmaxState(acc_q, lse) if job.get("carry") else None
+        attention.forward(q, k, k, visible, **options, state=state, final=job.get("final", False))
+        return
+    fresh = job.get("fresh", False)
+    into = torch.empty_like(k) if fresh else acc_k
+    attention.backward(
+        q, q, k, k, lse, lse, visible, **options, out=q, dq_acc=acc_q, dk_acc=into, dv_acc=into, fresh=fresh
+    )
+
+
+def _block(job: dict) -> tuple[torch.Tensor, ...]:
+    """q, k, lse, and fp32 accumulators of both, without storage."""
     b, s, h, hk, d = (job[x] for x in ("b", "s", "h", "hk", "head_dim"))
     q = torch.empty(b, s, h, d, dtype=getattr(torch, job["dtype"]), device="meta")
-    k = v = torch.empty(b, s, hk, d, dtype=q.dtype, device="meta")
-    lse = torch.empty(b, h, s, device="meta")
-    acc_q, acc_k = torch.empty(q.shape, device="meta"), torch.empty(k.shape, device="meta")
-    attention = TritonAttention(Tiles(tile, tile, tile))
-    visible = key_range(job["kind"], s)
-    capability = job.get("capability", 90)
-    options = {"scale": d**-0.5, "softcap": job.get("softcap", 0.0)}
-    with compile_only(capability) as compiled:
-        try:
-            if job["kernel"] == "forward":
-                state = SoftmaxState(acc_q, lse) if job["carry"] else None
-                attention.forward(q, k, v, visible, **options, state=state)
-            elif job["kernel"] == "dq":
-                attention.add_dq(q, q, k, v, lse, lse, visible, **options, dq_acc=acc_q)
-            else:
-                attention.add_dkdv(q, q, k, v, lse, lse, visible, **options, dk_acc=acc_k, dv_acc=acc_k)
-        except Exception as error:
-            return {**job, "error": f"{type(error).__name__}: {str(error)[-300:]}"}
-    ((_, kernel),) = compiled
+    k = torch.empty(b, s, hk, d, dtype=q.dtype, device="meta")
+    return (q, k, *(torch.empty(shape, device="meta") for shape in ((b, h, s), q.shape, k.shape)))
+
+
+def _report(name: str, kernel, log: str) -> dict:
+    """One kernel: registers, spilled bytes, spills inside the loops that matter, matrix instructions and how many of them
+    stay in flight at its waits, and the warnings that tell of serialised ones."""
     ptx = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        loops = matrix_loops(_disassemble(cubin.name))
+    spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    assert spill is not None, f"not a log of ptxas: {log}"
+    assert registers is not None, f"not a log of ptxas: {log}"
     return {
-        **job,
-        **_assemble(ptx, capability),
+        "name": name,
+        "registers": int(registers.group(1)),
+        "spill_bytes": max(map(int, spill.groups())),
+        "loops": loops,
+        "warnings": sorted({line for line in log.splitlines() if re.search(r"C75\d\d|error", line)}),
         "shared": kernel.metadata.shared,
         "num_wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "num_tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        "waits": sorted({int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", ptx)}),
+        "max_registers": sorted({int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}),
     }
 
 
-def _assemble(ptx: str, capability: int) -> dict:
-    """What ptxas reports: registers, spilled bytes, spills inside the loops that matter, and the warnings that tell of
-    serialised matrix instructions."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, cubin = os.path.join(folder, "kernel.ptx"), os.path.join(folder, "kernel.cubin")
-        with open(source, "w") as f:
-            f.write(ptx)
-        text = _tool("ptxas", "-v", f"--gpu-name=sm_{capability}{'a' * (capability >= 90)}", source, "-o", cubin)
-        loops = matrix_loops(_tool("nvdisasm", "-c", cubin))
-    spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    registers = re.search(r"Used (\d+) registers", text)
-    return {
-        "registers": int(registers.group(1)) if registers else None,
-        "spill_bytes": max(map(int, spill.groups())) if spill else None,
-        "loops": loops,
-        "warnings": sorted({line for line in text.splitlines() if re.search(r"C75\d\d|error", line)}),
-    }
-
-
-def _tool(name: str, *args: str) -> str:
+def _disassemble(cubin: str) -> str:
     import triton.backends.nvidia
 
-    path = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", name)
-    done = subprocess.run([path, *args], capture_output=True, text=True)
-    return done.stdout + done.stderr
+    path = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "nvdisasm")
+    return subprocess.run([path, "-c", cubin], capture_output=True, text=True, check=True).stdout
 
 
 def matrix_loops(sass: str) -> list[dict]:
-    """The innermost loops with matrix instructions: how many of those, of all instructions, and of spills in each."""
+    """The innermost loops with matrix instructions: how many of those, of all instructions, and of spills in each; and of
+    exponentials after the products of one tile are done and before those of the other are waited for, which run under them."""
     labels, lines = {}, []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -166,9 +214,17 @@ def matrix_loops(sass: str) -> list[dict]:
             "instructions": last - first,
             "num_matrix": sum("HGMMA" in x for x in lines[first:last]),
             "num_spills": sum(bool(re.search(r"\b(STL|LDL)\b", x)) for x in lines[first:last]),
+            "num_covered_exp2": _covered_exp2(lines[first:last]),
         }
         for first, last in inner
     ]
+
+
+def _covered_exp2(body: list[str]) -> int:
+    waits = [(i, m.group(1)) for i, x in enumerate(body) if (m := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", x))]
+    one_left = max((i for i, left in waits if left == "0x1"), default=0)
+    none_left = max((i for i, left in waits if left == "0x0"), default=0)
+    return sum("MUFU.EX2" in x for x in body[one_left:none_left])
 
 
 def compile_jobs(jobs: list[dict], workers: int) -> list[dict]:

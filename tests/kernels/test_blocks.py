@@ -10,6 +10,7 @@ from dataclasses import replace
 import block_cases
 import broken_twins
 import pytest
+import test_hopper_forward
 import torch
 from block_cases import VISIBLE, Case
 
@@ -332,5 +333,6 @@ def replace_q(inputs: block_cases.Inputs, q: torch.Tensor) -> block_cases.Inputs
 
 
 def test_every_registered_kernel_has_cases():
-    tested = {case.kernel for case in interpreted_cases() + reference_cases() + gpu_cases()}
+    cases = interpreted_cases() + reference_cases() + gpu_cases() + test_hopper_forward.gpu_cases()
+    tested = {case.kernel for case in cases}
     assert tested == set(kernel_names())

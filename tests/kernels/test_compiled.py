@@ -1,91 +1,76 @@
-"""The shipped tiles, compiled for the GPUs that they are meant for: no spills in the loops, matrix instructions in them."""
+"""The shipped configurations, compiled for the GPUs that they are meant for: no spills in the loops, matrix instructions in
+them. `test_compiled_newest` does the same with the newest Triton."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict
-from pathlib import Path
+import copy
 
+import compile_cases
 import pytest
 import sm90
 import torch
+from compile_cases import HEAD_DIMS, JOBS, KNOWN_SPILLS, PORTABLE
 
-from longctx.kernels import tuning
-
-HEAD_DIMS = (64, 128, 256)
-# Shared memory of one program: Hopper; consumer GPUs.
-HOPPER_SHARED, CONSUMER_SHARED = 232_448, 101_376
-# Spilled loads and stores in one pass of a loop, of several hundred instructions, that are known: these tiles were measured
-# faster than those that spill nothing. Blocks without a mask spill nothing.
-KNOWN_SPILLS = {("forward", 128): 40, ("dq", 256): 16, ("dkdv", 256): 2}
-
-
-def job(kernel: str, head_dim: int, kind: str, table: dict, **changes) -> dict:
-    tile = asdict(getattr(table[head_dim], kernel))
-    # 4 query heads per key head, as in the models of today; a forward inside a ring carries its state.
-    shape = {"b": 1, "s": 8192, "h": 32, "hk": 8, "carry": kernel == "forward", "dtype": "bfloat16"}
-    return {"kernel": kernel, "head_dim": head_dim, "kind": kind, "tile": tile, **shape, **changes}
-
-
-def jobs() -> dict[str, dict]:
-    found = {}
-    for kernel in sm90.KERNELS:
-        for dim in HEAD_DIMS:
-            for kind in ("full", "causal", "rows"):
-                found[f"hopper-{kernel}-d{dim}-{kind}"] = job(kernel, dim, kind, tuning._HOPPER)
-        found[f"hopper-{kernel}-d128-window"] = job(kernel, 128, "window", tuning._HOPPER)
-        # Gemma 2's. Its tanh needs registers: spills are not asserted, since tiles are tuned without it.
-        found[f"softcap-{kernel}-d128-causal"] = job(kernel, 128, "causal", tuning._HOPPER, softcap=50.0)
-        found[f"portable-{kernel}-d128-causal"] = job(kernel, 128, "causal", tuning._PORTABLE, capability=89)
-        found[f"fp32-{kernel}-d64-causal"] = job(kernel, 64, "causal", tuning._FP32, dtype="float32")
-    return found
-
-
-JOBS = jobs()
+from longctx.kernels import kernel_names, tuning
+from longctx.kernels.shipped import Shipped
 
 
 @pytest.fixture(scope="session")
 def compiled() -> dict[str, dict]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(Path(sm90.__file__)), "2"],
-        input=json.dumps(list(JOBS.values())),
-        capture_output=True,
-        text=True,
-        env={**env, "OMP_NUM_THREADS": "1"},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(JOBS, json.loads(done.stdout), strict=True))
+    return compile_cases.compile_all()
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_shipped_tiles_compile(name, compiled):
-    report = compiled[name]
-    assert "error" not in report, report["error"]
-    if not name.startswith(("hopper", "softcap")):
-        assert report["shared"] <= CONSUMER_SHARED
-        return
-    assert report["shared"] <= HOPPER_SHARED
-    assert report["num_tma"] > 0, "tiles are not loaded by the TMA engine"
-    assert report["num_wgmma"] > 0, "no Hopper matrix instructions"
-    assert report["warnings"] == [], "ptxas serialises matrix instructions"
-    assert report["loops"], "no loop with matrix instructions was found"
-    assert sum(loop["num_matrix"] for loop in report["loops"]) > 0
-    if name.startswith("softcap"):
-        return
-    known = 0 if report["kind"] == "full" else KNOWN_SPILLS.get((report["kernel"], report["head_dim"]), 0)
-    assert max(loop["num_spills"] for loop in report["loops"]) <= known, report["loops"]
+def test_shipped_configurations_compile(name, compiled):
+    compile_cases.check(name, compiled[name], KNOWN_SPILLS)
 
 
 def test_an_unmasked_block_has_no_mask_code(compiled):
     """A full block whose lengths are whole tiles has one loop: nothing is compared with an interval."""
     for dim in HEAD_DIMS:
         for kernel in sm90.KERNELS:
-            assert len(compiled[f"hopper-{kernel}-d{dim}-full"]["loops"]) == 1
+            assert len(compiled[f"sm90-{kernel}-d{dim}-full"]["kernels"][0]["loops"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda kernel: kernel.update(warnings=["C7510: serialized"]), "serialises"),
+        (lambda kernel: kernel["loops"][0].update(num_spills=41), "num_spills"),
+        (lambda kernel: kernel.update(shared=300_000), "300000"),
+        (lambda kernel: kernel.update(num_tma=0), "TMA"),
+        (lambda kernel: kernel.update(num_wgmma=0), "no Hopper matrix"),
+        (lambda kernel: kernel.update(loops=[]), "no loop"),
+        (lambda kernel: kernel.update(waits=[0]), "serialised"),
+    ],
+    ids=["warning", "spill", "shared", "tma", "wgmma", "loop", "waits"],
+)
+def test_the_check_finds(compiled, spoil, said):
+    """Each fault that it looks for, put into the report of a configuration that is without it."""
+    good = copy.deepcopy(compiled["sm90-dq-d128-causal"])
+    good["kernels"][0]["waits"] = [0, 1]
+    shipped = {**good, "kernel": "hopper_backward", "expected_waits": [0, 1], "known_spills": 0}
+    compile_cases.check("hopper-x", shipped, {})
+    spoil(good["kernels"][0])
+    with pytest.raises(AssertionError, match=said):
+        compile_cases.check("hopper-x", shipped, {})
+    if said != "serialised":
+        with pytest.raises(AssertionError, match=said):
+            compile_cases.check("sm90-dq-d128-causal", good, {})
+
+
+def test_a_kernel_for_hopper_lists_its_configurations():
+    assert ("hopper" in kernel_names()) == (len(JOBS) > len(PORTABLE))
+
+
+def test_names_of_configurations_tell_them_apart():
+    plain = Shipped(direction="forward", head_dim=128, kind="rows")
+    assert plain.id == "forward-d128-rows"
+    changed = Shipped(
+        direction="backward", head_dim=64, kind="full", dtype="float16", kv_heads=32, seq_len=8000,
+        fresh=True, deterministic=True, softcap=50.0,
+    )  # fmt: skip
+    assert changed.id == "backward-d64-full-fresh-deterministic-softcap50-float16-heads32over32-len8000"
 
 
 def test_spills_in_a_loop_are_counted():
@@ -101,7 +86,8 @@ def test_spills_in_a_loop_are_counted():
     /*0050*/ EXIT ;
     /*0060*/ BRA `(.L_x_1) ;
 """
-    assert sm90.matrix_loops(sass) == [{"instructions": 2, "num_matrix": 1, "num_spills": 1}]
+    (loop,) = sm90.matrix_loops(sass)
+    assert (loop["instructions"], loop["num_matrix"], loop["num_spills"]) == (2, 1, 1)
 
 
 @pytest.mark.parametrize("table", [tuning._HOPPER, tuning._PORTABLE, tuning._FP32], ids=["hopper", "portable", "fp32"])

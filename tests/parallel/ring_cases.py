@@ -12,7 +12,7 @@ import torch
 
 from longctx import functional
 from longctx.kernels import state_dtype
-from longctx.layout import Contiguous, SequenceLayout, SequenceMeta, Striped, ZigZag
+from longctx.layout import Balanced, Contiguous, SequenceLayout, SequenceMeta, Striped, ZigZag
 from longctx.masks import AttentionMask, Causal, Documents, Full, PrefixLM, SlidingWindow
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
@@ -20,9 +20,13 @@ from longctx.parallel.schedule import CommBytes, RingSchedule, comm_bytes, ulyss
 
 # A multiple of what every layout asks for at 3 and at 4 ranks.
 SEQ_LEN = 96
+# A multiple of nothing: sequences of this length are padded on any ring.
+ODD_LEN = 89
 BATCH = 2
 TENSORS = ("out", "lse", "dq", "dk", "dv")
 FLOAT64_BOUND = 1e-12
+# What stands in q, k, v and their gradients' inputs at padding.
+PADDING = 3.0
 
 
 @dataclass(frozen=True)
@@ -38,24 +42,30 @@ LAYOUTS: dict[str, SequenceLayout] = {
     "zigzag": ZigZag(),
     "striped1": Striped(),
     "striped4": Striped(block=4),
+    "balanced": Balanced(),
 }
 
-_DOCS = Documents((0, 1, 9, 9, 40, 77, SEQ_LEN))
-_OWN_DOCS = Documents(((0, 50, SEQ_LEN), (0, 3, 4, 60, SEQ_LEN)))
 
-MASKS: dict[str, AttentionMask] = {
-    "full": Full(),
-    "causal": Causal(),
-    "before": Before(),
-    "window": SlidingWindow(11),
-    "window_causal": SlidingWindow(7) & Causal(),
-    "docs": _DOCS,
-    "docs_causal": _DOCS & Causal(),
-    "docs_causal_window": _DOCS & Causal() & SlidingWindow(6),
-    "own_docs": _OWN_DOCS,
-    "own_docs_causal": _OWN_DOCS & Causal(),
-    "prefix": PrefixLM(41),
-}
+def _masks(seq_len: int) -> dict[str, AttentionMask]:
+    docs = Documents((0, 1, 9, 9, 40, 77, seq_len))
+    own_docs = Documents(((0, 50, seq_len), (0, 3, 4, 60, seq_len)))
+    return {
+        "full": Full(),
+        "causal": Causal(),
+        "before": Before(),
+        "window": SlidingWindow(11),
+        "window_causal": SlidingWindow(7) & Causal(),
+        "docs": docs,
+        "docs_causal": docs & Causal(),
+        "docs_causal_window": docs & Causal() & SlidingWindow(6),
+        "own_docs": own_docs,
+        "own_docs_causal": own_docs & Causal(),
+        "prefix": PrefixLM(41),
+    }
+
+
+MASKS = _masks(SEQ_LEN)
+ODD_MASKS = _masks(ODD_LEN)
 
 # Query heads and key heads.
 HEADS = {"gqa": (4, 2), "mqa": (3, 1), "mha": (2, 2), "mqa4": (4, 1), "gqa6": (6, 3), "mqa6": (6, 1)}
@@ -75,16 +85,26 @@ class Case:
 
     def __str__(self) -> str:
         parts = [self.mask, self.layout, str(self.dtype).removeprefix("torch."), self.heads, self.kernel]
-        return "-".join(parts + ["lse"] * self.lse_gradient)
+        parts += ["lse"] * self.lse_gradient + [f"s{self.seq_len}"] * (self.seq_len != SEQ_LEN)
+        return "-".join(parts)
 
 
 def all_cases() -> list[Case]:
-    """Every mask with every layout exactly, every mask in single precision, every grouping of heads, bf16."""
+    """Every mask with every layout exactly, every mask in single precision, at an odd length, every grouping of heads, bf16."""
     cases = [Case(mask, layout) for mask, layout in itertools.product(MASKS, LAYOUTS)]
+    cases += odd_cases()
     cases += [Case(mask, "zigzag", torch.float32, lse_gradient=False) for mask in MASKS]
     cases += [Case("docs_causal", "zigzag", heads=heads) for heads in ("mqa", "mha")]
     cases += [Case("own_docs_causal", layout, torch.bfloat16) for layout in LAYOUTS]
     return cases
+
+
+def odd_cases(heads: str = "gqa") -> list[Case]:
+    """Every mask on a padded sequence, the layouts in turn."""
+    return [
+        Case(mask, layout, heads=heads, seq_len=ODD_LEN)
+        for mask, layout in zip(MASKS, itertools.cycle(("zigzag", "balanced", "contiguous", "striped4")), strict=False)
+    ]
 
 
 @dataclass
@@ -142,7 +162,8 @@ def run_case(
         mask: instead of the one that the case names.
         through_autograd: False calls the backward operator directly, as threads that share one GPU must.
     """
-    layout, mask = LAYOUTS[case.layout], mask or MASKS[case.mask]
+    layout = LAYOUTS[case.layout]
+    mask = mask or (ODD_MASKS if case.seq_len == ODD_LEN else MASKS)[case.mask]
     rank, world = mesh.ring.rank, mesh.ring.size
     scale = case.head_dim**-0.5
     visible = mask.materialize(case.seq_len).to(mesh.device)
@@ -166,8 +187,8 @@ def run_case(
         ulysses_rank=mesh.ulysses.rank,
         ulysses_world=mesh.ulysses.size,
     )
-    shards = [meta.shard(x, dim=2 if x is rounded[4] else 1) for x in rounded]
-    schedule = RingSchedule.build(mask, layout, rank, world, case.seq_len)
+    shards = [meta.shard(x, dim=2 if x is rounded[4] else 1, fill=PADDING) for x in rounded]
+    schedule = RingSchedule.build(meta.padded_mask, meta.layout, rank, world, meta.padded_len)
     sent = [_sent(mesh)]
     if through_autograd:
 
@@ -190,13 +211,14 @@ def run_case(
 
     errors = {}
     for i, name in enumerate(TENSORS):
-        part = meta.shard(exact[i], dim=2 if name == "lse" else 1)
+        # Padding sees nothing and is seen by nobody, whatever stands there.
+        part = meta.shard(exact[i], 2, fill=float("-inf")) if name == "lse" else meta.shard(exact[i], fill=0)
         allowed = FLOAT64_BOUND
         if plain is not None:
             floor = 4 * torch.finfo(ours[i].dtype).eps * _finite(part).abs().max().item()
             allowed = 2 * _distance(plain[i], exact[i]) + floor
         errors[name] = (_distance(ours[i], part), allowed)
-    predicted = _predicted(mesh, case, schedule)
+    predicted = _predicted(mesh, case, schedule, meta.local_len)
     counted = CommBytes(sent[1] - sent[0], sent[2] - sent[1])
     return Report(errors, counted, predicted, schedule.digest, schedule.distances)
 
@@ -205,7 +227,7 @@ def _sent(mesh: ParallelMesh) -> int:
     return mesh.exchange.bytes_sent + mesh.head_exchange.bytes_sent
 
 
-def _predicted(mesh: ParallelMesh, case: Case, schedule: RingSchedule) -> CommBytes:
+def _predicted(mesh: ParallelMesh, case: Case, schedule: RingSchedule, local_len: int) -> CommBytes:
     (h, hk), ulysses, lse = HEADS[case.heads], mesh.ulysses.size, state_dtype(case.dtype)
     ring = comm_bytes(
         schedule,
@@ -219,7 +241,7 @@ def _predicted(mesh: ParallelMesh, case: Case, schedule: RingSchedule) -> CommBy
         ulysses_comm_bytes(
             ulysses=ulysses,
             batch=BATCH,
-            local_len=case.seq_len // mesh.sp.size,
+            local_len=local_len,
             num_heads=h,
             num_kv_heads=hk,
             head_dim=case.head_dim,

@@ -41,7 +41,7 @@ def mesh_worker(rank: int) -> dict:
     # Six meshes in one process, alive together.
     for name, plan in {
         "dp2_ring2": ParallelPlan(ring=2),
-        "ring4": ParallelPlan(ring=4, layout="striped"),
+        "ring4": ParallelPlan(ring=4, layout="striped", grad_dtype="bf16"),
         "dp4": ParallelPlan(),
         "ring2_ulysses2": ParallelPlan(ring=2, ulysses=2),
         "ulysses4": ParallelPlan(ulysses=4),
@@ -57,6 +57,7 @@ def mesh_worker(rank: int) -> dict:
             "sums": _sums(mesh),
             "neighbours": _neighbours(mesh) if mesh.ring.size > 1 else None,
             "handle": mesh.exchange.handle,
+            "grad_dtype": mesh.exchange.grad_dtype,
             "same_exchange": mesh.exchange is mesh.exchange,
             "dp": mesh.plan.dp,
             "shares_group": [
@@ -103,11 +104,17 @@ def test_groups_connect_the_ranks_of_their_axis(found, name):
         assert not f[name]["shares_group"]
 
 
+def test_gradients_travel_as_the_plan_says(found):
+    for f in found:
+        assert f["ring4"]["grad_dtype"] == torch.bfloat16
+        assert f["dp2_ring2"]["grad_dtype"] is None
+
+
 def test_rings_are_closed(found):
     assert [f["ring4"]["neighbours"] for f in found] == [[3, 1], [0, 2], [1, 3], [2, 0]]
     assert [f["dp2_ring2"]["neighbours"] for f in found] == [[1, 1], [0, 0], [3, 3], [2, 2]]
     for f in found:
-        assert f["dp4"]["handle"] == ""
+        assert f["dp4"]["handle"] not in ("", f["ring4"]["handle"])
         assert f["dp4"]["dp"] == 4
         assert f["ring4"]["handle"] != f["dp2_ring2"]["handle"] != ""
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.errors import PlanError
+from longctx.layout import SequenceMeta, layout_names
 from longctx.parallel.plan import Coords, ParallelPlan
 
 DEGREES = st.integers(1, 4)
@@ -82,12 +86,26 @@ def test_check_finds_nothing_where_nothing_is_wrong():
     assert ParallelPlan(ring=8).check(num_heads=3, num_kv_heads=3, seq_len=16) == []
 
 
-def test_check_names_the_nearest_lengths():
-    (problem,) = ParallelPlan(ring=8).check(num_heads=8, num_kv_heads=2, seq_len=131_080)
-    assert problem.what == "seq_len = 131_080 is not a multiple of 16 (zigzag over ring 8)"
-    assert problem.hint == "nearest: 131_072 or 131_088"
-    (problem,) = ParallelPlan(ring=8).check(num_heads=8, num_kv_heads=2, seq_len=3)
-    assert problem.hint == "nearest: 16"
+def test_any_length_with_a_token_for_each_rank():
+    for layout in layout_names():
+        plan = ParallelPlan(ring=4, ulysses=2, layout=layout)
+        assert plan.check(num_heads=8, num_kv_heads=2, seq_len=131_083) == []
+        assert plan.check(num_heads=8, num_kv_heads=2, seq_len=8) == []
+        (problem,) = plan.check(num_heads=8, num_kv_heads=2, seq_len=7)
+        assert problem.what == "seq_len = 7 is less than a token for each of the 8 ranks that share a sequence"
+        assert problem.hint == "use 8 or more, or a smaller ring"
+
+
+def test_gradients_on_the_wire():
+    assert ParallelPlan(ring=2).wire_dtype is None
+    plan = ParallelPlan(ring=2, grad_dtype="bf16")
+    assert plan.wire_dtype == torch.bfloat16
+    assert plan.problems() == []
+    for alone in (ParallelPlan(grad_dtype="bf16"), ParallelPlan(ulysses=4, grad_dtype="bf16")):
+        with pytest.raises(PlanError, match="grad_dtype = bf16 with ring 1: only a ring sends gradients"):
+            alone.resolve(4)
+    with pytest.raises(PlanError, match="grad_dtype = 'fp16' is not known"):
+        ParallelPlan(ring=2, grad_dtype="fp16").resolve(2)
 
 
 def test_ulysses_divides_heads_and_lengths():
@@ -107,10 +125,8 @@ def test_ulysses_divides_heads_and_lengths():
     ((what, hint),) = check(1, 4, 12, 6)
     assert what.startswith("num_kv_heads 6 and ulysses 4: neither is a multiple of the other")
     assert hint.startswith("nearest for the same processes: ulysses 2 with ring 2 or ulysses 1 with ring 4;")
-    assert check(2, 3, 6, 3, seq_len=16) == [
-        ("seq_len = 16 is not a multiple of 12 (zigzag over ring 2 x ulysses 3)", "nearest: 12 or 24")
-    ]
-    assert len(check(1, 3, 8, 2)) == 2
+    assert check(2, 3, 6, 3, seq_len=17) == []
+    assert len(check(1, 3, 8, 2, seq_len=2)) == 2
 
 
 def test_check_finds_heads_that_do_not_group():
@@ -137,6 +153,15 @@ def test_describe_shows_who_holds_what():
     assert "tokens" not in plan.describe()
     both = ParallelPlan(dp=1, ring=2, ulysses=2).describe(16).splitlines()[1:]
     assert [line.split("  ")[3].removeprefix("tokens ") for line in both] == ["0-3", "12-15", "4-7", "8-11"]
+    padded = ParallelPlan(dp=1, ring=3).describe(8).splitlines()[1:]
+    assert [line.split("  ")[3].removeprefix("tokens ") for line in padded] == [
+        "0-1, 2 of padding",
+        "2-3, 2 of padding",
+        "4-7",
+    ]
+    auto = ParallelPlan(dp=1, ring=2, layout="auto").describe(1 << 12).splitlines()
+    assert auto[0].endswith("layout auto; positions for a causal mask, other masks may have others")
+    assert auto[1].endswith("tokens 0-1_023, 3_072-4_095  with ring 0,1")
     striped = ParallelPlan(dp=1, ring=2, layout="striped").describe(1 << 12)
     assert "tokens 1, 3, 5, 7, ... (2_048 spans)" in striped
     assert ParallelPlan(dp=1).describe(1 << 20).splitlines()[1].endswith("tokens 0-1_048_575")
@@ -196,6 +221,19 @@ def test_check_finds_what_stages_and_matrices_cannot_share():
     assert check(shard_norms=True) == [
         ("shard_norms = true, but there is no tp to share norms", "shard_norms false, or tp 2")
     ]
-    ((what, hint),) = check(heads=9, kv_heads=3, tp=3, ring=2, shard_norms=True)[1:]
-    assert what == "seq_len = 64 is not a multiple of 12 (zigzag over ring 2, norms over tp 3)"
-    assert hint == "nearest: 60 or 72"
+
+
+def test_sharded_norms_pad_to_tokens_that_their_ranks_can_share():
+    plan = ParallelPlan(dp=1, ring=2, tp=3, shard_norms=True)
+    assert (plan.local_multiple, plan.seq_multiple) == (3, 12)
+    assert plan.check(num_heads=9, num_kv_heads=3, seq_len=64) == []
+    lines = plan.describe(22).splitlines()[1:]
+    assert lines[0].split("  ")[3] == "tokens 0-5, 18-21, 2 of padding"
+    assert lines[3].split("  ")[3] == "tokens 6-17"
+    assert replace(plan, shard_norms=False).seq_multiple == 4
+    for layout in layout_names():
+        for tp in (2, 3, 4):
+            plan = ParallelPlan(ring=2, ulysses=3, tp=tp, layout=layout, shard_norms=True)
+            meta = SequenceMeta.of(65, layout=layout, ring_world=2, ulysses_world=3, local_multiple=plan.local_multiple)
+            assert meta.local_len % tp == 0
+            assert meta.padded_len % plan.seq_multiple == 0

@@ -9,7 +9,7 @@ import torch
 from dense_masks import mask_strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ring_cases import BATCH, HEADS, LAYOUTS, MASKS, SEQ_LEN, Case, Report, all_cases, run_case
+from ring_cases import BATCH, HEADS, LAYOUTS, MASKS, SEQ_LEN, Case, Report, all_cases, odd_cases, run_case
 
 from longctx import functional
 from longctx.masks import KeyRange
@@ -52,7 +52,7 @@ def test_every_rank_has_the_same_hops(reports):
     for name in CASES:
         assert len({r[name].digest for r in reports}) == 1, name
         assert len({r[name].distances for r in reports}) == 1, name
-    assert len({r.digest for r in reports[0].values()}) == len(MASKS) * len(LAYOUTS)
+    assert len({r.digest for r in reports[0].values()}) == len(MASKS) * len(LAYOUTS) + len(odd_cases())
 
 
 def test_hops_without_work_are_not_made(reports):
@@ -85,7 +85,7 @@ def test_virtual_ring(world, mask):
 @settings(max_examples=30)
 @given(data=st.data(), world=st.integers(1, 6), layout=st.sampled_from(sorted(LAYOUTS)))
 def test_any_mask_on_any_ring(data, world, layout):
-    seq_len = LAYOUTS[layout].multiple(world) * data.draw(st.integers(1, 3))
+    seq_len = data.draw(st.integers(1, 36))
     mask = data.draw(mask_strategy(seq_len, data.draw(st.sampled_from([None, BATCH]))))
     case = Case("any", layout, head_dim=2, seq_len=seq_len)
     for report in run_virtual_ring(run_case, case, mask, world=world):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ring_cases import BATCH, HEADS, LAYOUTS, MASKS, Case, Report, run_case
+from ring_cases import BATCH, HEADS, LAYOUTS, MASKS, Case, Report, odd_cases, run_case
 
 from longctx import functional
 from longctx import model as model_module
@@ -37,6 +37,7 @@ PLANS = {
 def cases_of(name: str) -> dict[str, Case]:
     _, heads, others = PLANS[name]
     cases = [Case(mask, layout, heads=heads) for mask, layout in itertools.product(MASKS, LAYOUTS)]
+    cases += odd_cases(heads)
     cases += [Case("own_docs_causal", "zigzag", heads=other) for other in others]
     cases += [Case(mask, "zigzag", torch.float32, heads=heads, lse_gradient=False) for mask in ("causal", "docs")]
     cases += [Case("own_docs_causal", layout, torch.bfloat16, heads=heads) for layout in ("zigzag", "striped4")]

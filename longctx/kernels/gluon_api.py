@@ -1,0 +1,102 @@
+"""What the Hopper kernels need of Triton's Gluon, under one name in every release: 3.6 is the oldest, 3.9 the newest tried.
+
+Gluon is experimental: names move between releases, and two things that Hopper has are missing in 3.6 (TMA reductions, named
+barriers). Kernels import them from here and nothing else asks for a version.
+
+Source: NVIDIA, PTX ISA 8.6, `cp.reduce.async.bulk.tensor` and `barrier{.cta}`.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Half-open. Compiled with 3.6.0 and 3.9.0; run on a GPU with 3.6.0.
+KNOWN_VERSIONS = ((3, 6), (3, 10))
+
+
+def missing_gluon(device: torch.device) -> str | None:
+    """None if Gluon kernels for Hopper run on `device`, else the reason why not, as a sentence for a log."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "needs an NVIDIA GPU"
+    if triton.knobs.runtime.interpret:
+        return "Gluon kernels have no interpreter: unset TRITON_INTERPRET"
+    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    if not KNOWN_VERSIONS[0] <= version < KNOWN_VERSIONS[1]:
+        low, high = (".".join(map(str, v)) for v in KNOWN_VERSIONS)
+        return (
+            f"it is known to work with Triton from {low} up to but not including {high}, this is {triton.__version__}"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"needs compute capability 9.0 (Hopper), this GPU has {'.'.join(map(str, capability))}"
+    return None
+
+
+def describe(t: torch.Tensor, shape: list[int], strides: list[int], tile: list[int], layout=None) -> TensorDescriptor:
+    """A TMA descriptor that moves `tile`s of `t`, seen with `shape` and `strides` (both in elements, last stride 1).
+
+    Reads past `shape` give zeros, writes past it are dropped. Strides but the last, and the base, are whole 16 bytes.
+    """
+    if layout is None:
+        layout = shared_layout(tile, t.dtype)
+    return TensorDescriptor(t, shape, strides, tile, layout)
+
+
+def shared_layout(tile: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """The swizzled layout in shared memory that TMA writes and the matrix units read."""
+    return gl.NVMMASharedLayout.get_default_for(tile, _DTYPES[dtype])
+
+
+_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+
+# (descriptor, coordinates, barrier, shared memory): load a tile; the barrier counts its bytes.
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+# (descriptor, coordinates, shared memory): store a tile.
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+# (n): wait until all but the last n stores and reductions of this thread have read their shared memory.
+tma_store_wait = tma.store_wait
+
+if hasattr(tma, "async_atomic_add"):
+    tma_reduce_add = tma.async_atomic_add
+else:
+
+    @builtin
+    def tma_reduce_add(tensor_desc, coord, src, _semantic=None):
+        """Add a tile in shared memory to one in global memory."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+        _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+
+@gluon.constexpr_function
+def _barrier_asm(operation, number, threads):
+    return f"bar.{operation} {number}, {threads}; mov.b32 $0, $1;"
+
+
+# Numbers 8 to 15 are free: the compiler takes those below for the partitions of a warp-specialised kernel.
+@gluon.jit
+def named_barrier_sync(NUMBER: gl.constexpr, THREADS: gl.constexpr, NUM_WARPS: gl.constexpr = 4):
+    """Wait at barrier NUMBER until THREADS threads have come to it; called by NUM_WARPS whole warps."""
+    # One element for each thread, so that each thread executes the instruction once.
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+    threads = gl.arange(0, 32 * NUM_WARPS, layout=layout)
+    asm: gl.constexpr = _barrier_asm("sync", NUMBER, THREADS)
+    gl.inline_asm_elementwise(asm, "=r,r", [threads], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def named_barrier_arrive(NUMBER: gl.constexpr, THREADS: gl.constexpr, NUM_WARPS: gl.constexpr = 4):
+    """Come to barrier NUMBER without waiting."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+    threads = gl.arange(0, 32 * NUM_WARPS, layout=layout)
+    asm: gl.constexpr = _barrier_asm("arrive", NUMBER, THREADS)
+    gl.inline_asm_elementwise(asm, "=r,r", [threads], dtype=gl.int32, is_pure=False, pack=1)

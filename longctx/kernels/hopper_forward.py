@@ -1,0 +1,185 @@
+"""Forward block attention for Hopper: how the kernel is cut and pipelined for a head dim, and its launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+import triton
+from triton.experimental.gluon import language as gl
+
+from longctx.kernels import SoftmaxState
+from longctx.kernels.gluon_api import TensorDescriptor, describe
+from longctx.kernels.hopper_forward_kernel import forward_kernel
+from longctx.kernels.shipped import Shipped
+from longctx.kernels.tiles import LOG2_E, row_interval_args, stride_args, strides_of
+from longctx.masks import KeyRange
+
+# Rows of one consumer warpgroup: what one matrix instruction takes.
+GROUP_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the kernel for one padded head dim is cut and pipelined.
+
+    Args:
+        groups: consumer warpgroups, 2 to 4, of 64 query rows each.
+        block_n: keys per tile, a power of two.
+        stages: tiles of keys and of values in flight.
+        packed: round probabilities to 16 bits at the end of a step instead of under the next tile's product: half the
+            registers across steps.
+        own_out: shared memory of its own for the output, so that it is stored while the next queries arrive.
+        registers: per consumer thread and per producer thread; the SM has 65536.
+    """
+
+    groups: int
+    block_n: int
+    stages: int
+    packed: bool
+    own_out: bool
+    registers: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is known when the kernel is compiled. `padded` is the head dim of the tiles, with zeros from `head_dim` on."""
+
+    schedule: Schedule
+    padded: int
+    head_dim: int
+    kind: str
+    has_lo: bool
+    even_n: bool
+    carry: bool
+    final: bool
+    capped: bool
+
+    @property
+    def masked(self) -> bool:
+        """Whether the first tile (the last keys) may hold keys that a row must not see."""
+        return self.kind != "full" or not self.even_n
+
+    @property
+    def scores(self) -> gl.NVMMADistributedLayout:
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.schedule.block_n, 16])
+
+    @property
+    def output(self) -> gl.NVMMADistributedLayout:
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.padded, 16])
+
+
+# By padded head dim: the fastest of 4 to 9 variants each, interleaved on one H100 (triton 3.6.0, bf16, 2026-11-23; causal and
+# full, 32k and 4 x 8k). Not packed at 128 since rounding then hides under a product: full 696 against 665 TFLOP/s, causal the
+# same; packed at 256 it is 772 against 726. Three groups at 64: 580 against 450 with two.
+SCHEDULES = {
+    64: Schedule(3, 128, 2, True, True, (160, 24)),
+    128: Schedule(2, 128, 2, False, True, (240, 24)),
+    256: Schedule(2, 64, 2, True, False, (240, 24)),
+}
+
+
+def shipped_configurations() -> list[Shipped]:
+    """What is compiled in real runs, one of each form."""
+    # One product stays in flight while the other is waited for.
+    of = partial(Shipped, direction="forward", waits=frozenset({0, 1}))
+    found = []
+    for dim in SCHEDULES:
+        found += [
+            of(head_dim=dim, kind="full", carry=True),
+            of(head_dim=dim, kind="rows", final=True),
+        ]
+    return [
+        *found,
+        of(head_dim=128, kind="causal", final=True),
+        of(head_dim=96, kind="full", seq_len=8000, dtype="float16", carry=True),
+        # Its tanh needs registers.
+        of(head_dim=128, kind="causal", final=True, softcap=50.0, known_spills=None),
+    ]
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The head dim of the tiles: the next of `SCHEDULES`."""
+    return next(d for d in SCHEDULES if d >= head_dim)
+
+
+@cache
+def _num_programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _describe(t: torch.Tensor, rows: int, padded: int) -> TensorDescriptor:
+    """A descriptor of `t` "b s h d" with axes (b, h, s, d): zeros past its own head dim, so that no copy pads it."""
+    b, s, h, d = t.shape
+    sb, ss, sh, _ = strides_of(t)
+    return describe(t, [b, h, s, d], [sb, sh, ss, 1], [1, 1, rows, padded])
+
+
+def launch_hopper_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_range: KeyRange,
+    *,
+    scale: float,
+    softcap: float,
+    state: SoftmaxState | None,
+    final: bool,
+    schedule: Schedule | None = None,
+) -> SoftmaxState:
+    """Launch the forward on a block that is not empty; see `BlockAttention.forward`. q, k, v: what `can_describe` allows."""
+    b, sq, h, d = q.shape
+    sk, hk = k.shape[1:3]
+    padded = padded_head_dim(d)
+    schedule = schedule or SCHEDULES[padded]
+    if state is None or final:
+        out = torch.empty(b, sq, h, d, dtype=q.dtype if final else torch.float32, device=q.device)
+    else:
+        out = state.out
+    lse = state.lse if state is not None else torch.empty(b, h, sq, dtype=torch.float32, device=q.device)
+    old = state.out if state is not None else out
+    mask = row_interval_args(key_range, sq, sk, q.device)
+    variant = Variant(
+        schedule=schedule,
+        padded=padded,
+        head_dim=d,
+        kind=mask["KIND"],
+        has_lo=mask["HAS_LO"] and key_range.kind != "full",
+        even_n=sk % schedule.block_n == 0,
+        carry=state is not None,
+        final=final,
+        capped=softcap > 0,
+    )
+    num_m = triton.cdiv(sq, schedule.groups * GROUP_ROWS)
+    num_work = num_m * h * b
+    q_desc = _describe(q, GROUP_ROWS, padded)
+    forward_kernel[(min(num_work, _num_programs(q.device)),)](
+        q_desc,
+        _describe(k, schedule.block_n, padded),
+        _describe(v, schedule.block_n, padded),
+        _describe(out, GROUP_ROWS, padded) if final else q_desc,
+        out,
+        old,
+        lse,
+        mask["LO"],
+        mask["HI"],
+        mask["stride_lo"],
+        torch.zeros(1, dtype=torch.int32, device=q.device),
+        **stride_args(x=old, o=out),
+        stride_lb=lse.stride(0),
+        stride_lh=lse.stride(1),
+        sq=sq,
+        sk=sk,
+        num_heads=h,
+        group=h // hk,
+        num_m=num_m,
+        section=1,
+        num_work=num_work,
+        # Above 0, so that -inf stays -inf.
+        unit=softcap * LOG2_E if softcap else max(scale * LOG2_E, 1e-30),
+        inner=2 * LOG2_E * scale / softcap if softcap else 0.0,
+        V=variant,
+        num_warps=4,
+    )
+    return SoftmaxState(out, lse)

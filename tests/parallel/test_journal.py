@@ -1,0 +1,325 @@
+"""What a journal says of a rank's messages: where it stands, who is behind, and what it took, on a CPU and on a GPU's clock."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+from ring_cases import SEQ_LEN
+
+from longctx.attention import ParallelAttention
+from longctx.functional import ring_attention
+from longctx.layout import SequenceMeta
+from longctx.masks import Causal, Documents, SlidingWindow
+from longctx.parallel.exchange import RingExchange
+from longctx.parallel.journal import Account, Journal
+from longctx.parallel.mesh import ParallelMesh
+from longctx.parallel.plan import ParallelPlan
+from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
+from longctx.testing import run_distributed, run_virtual_ring
+
+BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
+
+
+def inputs(meta: SequenceMeta, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(meta.ring_rank)
+    return [
+        torch.randn(BATCH, meta.local_len, h, HEAD_DIM, generator=generator).to(device, dtype).requires_grad_()
+        for h in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+
+
+def meta_of(mesh: ParallelMesh, mask=None) -> SequenceMeta:
+    return SequenceMeta.of(
+        SEQ_LEN,
+        mask=mask,
+        ring_rank=mesh.ring.rank,
+        ring_world=mesh.ring.size,
+        ulysses_rank=mesh.ulysses.rank,
+        ulysses_world=mesh.ulysses.size,
+    )
+
+
+def noted(mesh: ParallelMesh) -> list[str]:
+    """Every message of the mesh from now on."""
+    said: list[str] = []
+    post = mesh.journal.post
+
+    def remembering(*args, **settings):
+        message = post(*args, **settings)
+        said.append(str(message))
+        return message
+
+    mesh.journal.post = remembering
+    return said
+
+
+def test_messages_name_layer_direction_hop_and_peers():
+    def worker(mesh):
+        said = noted(mesh)
+        meta = meta_of(mesh)
+        out = ParallelAttention(mesh, kernel="reference", layer=7)(*inputs(meta), meta)
+        out.sum().backward()
+        return said
+
+    assert run_virtual_ring(worker, world=3)[1] == [
+        "layer 7, forward, K/V for hop 1 (to rank 2, from rank 0)",
+        "layer 7, forward, K/V for hop 2 (to rank 2, from rank 0)",
+        "layer 7, backward, K/V for hop 1 (to rank 0, from rank 2)",
+        "layer 7, backward, dK/dV after hop 2 (to rank 0, from rank 2)",
+        "layer 7, backward, dK/dV after hop 1 (to rank 0, from rank 2)",
+    ]
+
+
+def ulysses_worker(rank: int) -> tuple[list[str], Account, int]:
+    mesh = ParallelMesh.create(ParallelPlan(ulysses=2), device="cpu", timeout=timedelta(seconds=30))
+    mesh.journal.is_measuring = True
+    mesh.journal.discard()
+    said = noted(mesh)
+    meta = meta_of(mesh)
+    out = ParallelAttention(mesh, kernel="reference", layer=3)(*inputs(meta), meta)
+    out.sum().backward()
+    return said, mesh.journal.take(), mesh.head_exchange.bytes_sent
+
+
+def test_messages_of_ulysses_are_noted_too():
+    for said, account, sent in run_distributed(ulysses_worker, world=2):
+        assert said == [
+            "layer 3, forward, Q/K/V to heads (with ranks 0, 1)",
+            "layer 3, forward, output to tokens (with ranks 0, 1)",
+            "layer 3, backward, gradient of output to tokens (with ranks 0, 1)",
+            "layer 3, backward, gradient of Q/K/V to heads (with ranks 0, 1)",
+        ]
+        assert account.bytes_sent == sent > 0
+        assert account.flops > 0, "a ring of one computes the attention"
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [Causal(), SlidingWindow(5) & Causal(), Documents(((0, 7, SEQ_LEN), (0, 30, SEQ_LEN))) & Causal()],
+    ids=["causal", "window", "own_docs"],
+)
+def test_an_account_holds_the_bytes_and_the_flops_of_the_mask(mask):
+    def worker(mesh):
+        meta = meta_of(mesh, mask)
+        mesh.journal.is_measuring = True
+        out = ring_attention(*inputs(meta), meta=meta, mesh=mesh, kernel="reference")
+        forward = mesh.journal.take()
+        sent = mesh.exchange.bytes_sent
+        out.sum().backward()
+        return forward, sent, mesh.journal.take(), mesh.exchange.bytes_sent - sent
+
+    found = run_virtual_ring(worker, world=4)
+    area = mask.area(SEQ_LEN) * (1 if mask.batch else BATCH)
+    assert sum(f.flops for f, *_ in found) == 4 * area * HEADS * HEAD_DIM
+    assert sum(b.flops for _, _, b, _ in found) == 10 * area * HEADS * HEAD_DIM
+    for forward, sent, backward, sent_back in found:
+        assert (forward.bytes_sent, backward.bytes_sent) == (sent, sent_back)
+        assert forward.attention_s > 0
+        assert backward.attention_s > 0
+
+
+def test_nothing_is_kept_where_nothing_is_measured():
+    def worker(mesh):
+        meta = meta_of(mesh)
+        ring_attention(*inputs(meta), meta=meta, mesh=mesh, kernel="reference")
+        account = mesh.journal.take()
+        return account.exposed_s, account.attention_s, account.flops, account.messages
+
+    assert run_virtual_ring(worker, world=2) == [(0.0, 0.0, 0.0, 1)] * 2
+
+
+def test_waiting_for_a_late_rank_is_exposed_and_no_part_of_attention():
+    def worker(mesh):
+        meta = meta_of(mesh)
+        mesh.journal.is_measuring = True
+        if mesh.ring.rank == 1:
+            time.sleep(0.5)
+        ring_attention(*inputs(meta), meta=meta, mesh=mesh, kernel="reference")
+        return mesh.journal.take()
+
+    on_time, late = run_virtual_ring(worker, world=2)
+    assert on_time.exposed_s > 0.4
+    assert on_time.attention_s < 0.4
+    assert late.exposed_s < 0.4
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_rank_that_is_behind_has_the_least_standing(when, monkeypatch):
+    """Rank 1 stops before it posts the message for hop 2, or after: no other rank stands as far back."""
+    stop, is_there = threading.Event(), threading.Event()
+    rotate = RingExchange.rotate
+
+    def halting(self, *args, **settings):
+        is_it = self.rank == 1 and settings["what"] == "forward, K/V for hop 2"
+        flying = rotate(self, *args, **settings) if when == "after" or not is_it else None
+        if is_it:
+            is_there.set()
+            stop.wait(20)
+        return flying or rotate(self, *args, **settings)
+
+    monkeypatch.setattr(RingExchange, "rotate", halting)
+    meshes = {}
+
+    def worker(mesh):
+        meshes[mesh.rank] = mesh
+        meta = meta_of(mesh)
+        ring_attention(*inputs(meta), meta=meta, mesh=mesh, kernel="reference")
+        ring_attention(*inputs(meta), meta=meta, mesh=mesh, kernel="reference")
+
+    ring = threading.Thread(target=run_virtual_ring, args=(worker,), kwargs={"world": 4})
+    ring.start()
+    try:
+        assert is_there.wait(20)
+        deadline = time.monotonic() + 20
+        others = (0, 2, 3)
+        while not all(meshes[r].journal.standing().is_waiting for r in others):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        stands = {r: meshes[r].journal.standing() for r in range(4)}
+    finally:
+        stop.set()
+        ring.join()
+    assert all(stands[1].order < stands[r].order for r in others), stands
+    assert stands[2].text.startswith("waiting for 0 s: forward, K/V for hop") or when == "after"
+
+
+class FakeEvent:
+    """A CUDA event on a clock that the test sets: recorded work is done once the clock has come to it."""
+
+    now = 0.0
+    recorded: list[FakeEvent]
+
+    def __init__(self, enable_timing=False):
+        self.is_timed, self.at = enable_timing, None
+
+    def record(self):
+        self.at = float(len(FakeEvent.recorded))
+        FakeEvent.recorded.append(self)
+
+    def query(self):
+        return self.at is not None and self.at <= FakeEvent.now
+
+    def synchronize(self):
+        assert self.query(), "the host would wait for the device"
+
+    def elapsed_time(self, end):
+        assert self.is_timed
+        assert end.is_timed
+        return 1000.0 * (end.at - self.at)
+
+
+def test_on_a_gpu_the_host_is_ahead_and_the_device_decides(monkeypatch):
+    FakeEvent.now, FakeEvent.recorded = -1.0, []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    journal = Journal("cuda")
+    journal.is_measuring = True
+    # The host runs through two layers of two messages at once. Events: begin, (reached, arrived) x 2, end; six a layer.
+    for layer in (0, 1):
+        journal.enter(layer)
+        journal.begin_attention(lambda: 10.0)
+        for hop in (1, 2):
+            message = journal.post(f"forward, K/V for hop {hop}", to=(1,), source=(2,), num_bytes=100)
+            journal.wait(message, lambda: None)
+        journal.end_attention()
+    posted = "posted up to: layer 1, forward, K/V for hop 2 (to rank 1, from rank 2)"
+    stands = []
+    for now, said in (
+        (-1, "computing, with a message on its way: layer 0, forward, K/V for hop 1"),
+        (1, "waiting: layer 0, forward, K/V for hop 1"),
+        (2, "computing, with a message on its way: layer 0, forward, K/V for hop 2"),
+        (3, "waiting: layer 0, forward, K/V for hop 2"),
+        (5, "computing, with a message on its way: layer 1, forward, K/V for hop 1"),
+    ):
+        FakeEvent.now = now
+        standing = journal.standing()
+        assert standing.text == f"{said} (to rank 1, from rank 2); {posted}"
+        assert standing.is_waiting == said.startswith("waiting")
+        stands.append(standing.order)
+    assert stands == sorted(stands)
+    with pytest.raises(AssertionError, match="the host would wait"):
+        journal.take()
+    FakeEvent.now = 99
+    assert journal.standing().text == "last message, arrived: layer 1, forward, K/V for hop 2 (to rank 1, from rank 2)"
+
+
+def test_on_a_gpu_times_come_from_events(monkeypatch):
+    FakeEvent.now, FakeEvent.recorded = 99.0, []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    journal = Journal("cuda")
+    for is_measuring, expected in (
+        (False, Account(bytes_sent=100, messages=1)),
+        # One second from each event to the next: 3 of the operation, of which 1 was spent waiting.
+        (True, Account(exposed_s=1.0, attention_s=2.0, flops=10.0, bytes_sent=100, messages=1)),
+    ):
+        journal.is_measuring = is_measuring
+        journal.enter(None)
+        journal.begin_attention(lambda: 10.0)
+        journal.wait(journal.post("forward", to=(1,), source=(1,), num_bytes=100), lambda: None)
+        journal.end_attention()
+        assert journal.take() == expected
+        assert journal.take() == Account()
+
+
+def test_messages_that_nobody_asks_about_are_forgotten(monkeypatch):
+    FakeEvent.now, FakeEvent.recorded = -1.0, []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    journal = Journal("cuda")
+    for i in range(1000):
+        FakeEvent.now = 2.0 * i - 100
+        journal.wait(journal.post("forward", to=(1,), source=(1,), num_bytes=1), lambda: None)
+    assert len(journal._open) <= 257
+
+
+def test_a_device_that_failed_is_no_error_here(monkeypatch):
+    class Broken(FakeEvent):
+        def query(self):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    FakeEvent.recorded = []
+    monkeypatch.setattr(torch.cuda, "Event", Broken)
+    journal = Journal("cuda")
+    journal.wait(journal.post("forward", to=(1,), source=(1,), num_bytes=1), lambda: None)
+    assert "forward" in journal.standing().text
+
+
+def test_the_age_of_a_standing_is_that_of_its_last_change(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    journal = Journal()
+    assert journal.standing().age == 0
+    now[0] += 5
+    assert journal.standing().age == 5
+    journal.enter(0)
+    message = journal.post("forward", to=(1,), source=(1,), num_bytes=1)
+    assert journal.standing().age == 0
+    now[0] += 7
+    assert journal.standing().age == 7
+    journal.wait(message, lambda: None)
+    assert journal.standing().age == 0
+
+
+@pytest.mark.gpu
+def test_events_of_a_real_gpu_measure_the_kernels():
+    def worker(mesh):
+        mesh.journal.is_measuring = True
+        meta = SequenceMeta.of(8192, ring_rank=mesh.ring.rank, ring_world=mesh.ring.size)
+        q = torch.randn(1, meta.local_len, 8, 128, device="cuda", dtype=torch.bfloat16)
+        from longctx.parallel.schedule import RingSchedule
+
+        packed = RingSchedule.build(meta.mask, meta.layout, meta.ring_rank, meta.ring_world, meta.seq_len).packed
+        rest = (*packed, "auto", 0.1, mesh.exchange.handle)
+        out, lse, held = RING_ATTENTION_OP(q, q, q, *rest)
+        RING_ATTENTION_BACKWARD_OP(q, None, q, q, q, out, lse, held, *rest)
+        torch.cuda.synchronize()
+        standing = mesh.journal.standing()
+        return mesh.journal.take(), standing
+
+    for account, standing in run_virtual_ring(worker, world=2, device="cuda"):
+        assert account.attention_s > 0
+        assert account.exposed_s >= 0
+        assert account.flops == 14 * 8192 * 8193 / 2 / 2 * 8 * 128
+        assert standing.text.startswith("last message, arrived")
