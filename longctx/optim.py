@@ -66,7 +66,7 @@ def lr_at(step: int, optim: OptimConfig, total_steps: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters in optimizer groups: matrices with weight decay; norms, biases and embedding tables without.
+    """The parameters in optimizer groups: matrices with weight decay; norms, biases, sinks and embedding tables without.
 
     A tied embedding counts as an embedding. Each parameter is in one group; empty groups are left out.
     """

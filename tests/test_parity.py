@@ -37,7 +37,12 @@ PLANS = {
     "ring2-zero1-bf16": (2, ["--parallel.ring=2", "--engine.dtype=bf16"], "all"),
     "ring3-zero3-rich": (3, ["--parallel.ring=3", "--engine.zero_stage=3", "--data.seq_len=3k", *RICH], "hop"),
     "tp2-ring2-zero3-bf16": (4, ["--parallel.tp=2", "--parallel.ring=2", "--engine.zero_stage=3", *BF16], "all"),
-    "tp2-shard_norms-pp2": (4, ["--parallel.tp=2", "--parallel.pp=2", "--parallel.shard_norms", *BF16], "tensor"),
+    # An odd length is padded so that the norms' tokens can be shared.
+    "tp2-shard_norms-pp2": (
+        4,
+        ["--parallel.tp=2", "--parallel.pp=2", "--parallel.shard_norms", "--data.seq_len=2047", *BF16],
+        "tensor",
+    ),
     "pp2-ulysses2-rich": (
         4,
         ["--parallel.pp=2", "--parallel.ulysses=2", "--engine.accumulation_steps=3", *RICH],
