@@ -9,6 +9,7 @@ from longctx.functional import attention, context_parallel_attention
 from longctx.kernels import check_softcap
 from longctx.layout import SequenceMeta
 from longctx.parallel.mesh import ParallelMesh
+from longctx.parallel.strategy import ContextStrategy, get_strategy
 
 
 class ParallelAttention(nn.Module):
@@ -22,10 +23,13 @@ class ParallelAttention(nn.Module):
         kernel: "auto", or a name from `longctx.kernels.kernel_names`.
         scale: multiplies q @ k^T. None: 1 / sqrt(head dim).
         softcap: bends the scores s to softcap * tanh(s / softcap), as in Gemma 2; 0 leaves them.
+        strategy: how the ranks of a ring see each other's keys, as in `longctx.functional.ring_attention`. None: what the
+            plan of the mesh says.
         layer: which layer of the model this is, for reports about its messages. None: they name no layer.
 
     Raises:
         KernelError: softcap is negative.
+        PlanError: unknown strategy.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class ParallelAttention(nn.Module):
         kernel: str = "auto",
         scale: float | None = None,
         softcap: float = 0.0,
+        strategy: str | ContextStrategy | None = None,
         layer: int | None = None,
     ) -> None:
         super().__init__()
@@ -42,6 +47,9 @@ class ParallelAttention(nn.Module):
         self.kernel = kernel
         self.scale = scale
         self.softcap = check_softcap(softcap)
+        if isinstance(strategy, str) and strategy != "auto":
+            get_strategy(strategy)
+        self.strategy = strategy
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, meta: SequenceMeta, *, sinks: Tensor | None = None) -> Tensor:
         """Attend.
@@ -79,6 +87,7 @@ class ParallelAttention(nn.Module):
             softcap=self.softcap,
             sinks=sinks,
             kernel=self.kernel,
+            strategy=self.strategy,
         )
 
     def extra_repr(self) -> str:

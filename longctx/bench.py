@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
 import sys
 import time
@@ -124,11 +125,13 @@ def _kind_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of `longctx bench`."""
+    """The command line of `longctx bench`, but for `ring`, which has its own."""
     top = argparse.ArgumentParser(prog="longctx bench", description=__doc__.splitlines()[0])
-    p = top.add_subparsers(dest="what", required=True).add_parser("attention", help="forward and backward TFLOP/s")
+    commands = top.add_subparsers(dest="what", required=True)
+    p = commands.add_parser("attention", help="forward and backward TFLOP/s")
     case_arguments(p)
     _kind_arguments(p)
+    commands.add_parser("ring", help="attention over several GPUs (longctx bench ring --help)")
     return top
 
 
@@ -253,7 +256,10 @@ def _run_errors(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`longctx bench`; returns the exit code: 0, 1 for a wrong result of ours, 2 for a command that cannot be done."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["ring"]:
+        return importlib.import_module("longctx.bench_ring").main(words[1:])
+    args = parser().parse_args(words)
     try:
         return run(args)
     except LongCtxError as error:

@@ -16,6 +16,7 @@ from longctx.errors import ConfigError, Problem, did_you_mean
 from longctx.parallel import tensor
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
+from longctx.parallel.schedule import RingSchedule
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,13 @@ def broken(name: str, mesh: ParallelMesh, batches: list[ShardedBatch]) -> Iterat
         case "labels":
             yield [replace(batch, labels=_shifted(batch)) for batch in batches]
         case "hop":
-            packed_hops = functional._packed_hops
+            build = functional._schedule
 
-            def one_less(*schedule: Any) -> tuple[torch.Tensor, torch.Tensor]:
-                # A copy: the operator remembers hops by where their tensors lie.
-                hops, rows = packed_hops(*schedule)
-                return hops[: max(1, len(hops) - 1)].clone(), rows.clone()
+            def one_less(*case: Any) -> RingSchedule:
+                schedule = build(*case)
+                return replace(schedule, hops=schedule.hops[: max(1, len(schedule.hops) - 1)])
 
-            with _replaced(functional, "_packed_hops", one_less):
+            with _replaced(functional, "_schedule", one_less):
                 yield batches
         case "tensor":
 

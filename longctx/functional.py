@@ -16,15 +16,16 @@ from longctx.flash import (
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
 )
-from longctx.kernels import check_block, check_softcap
+from longctx.kernels import check_block, check_softcap, state_dtype
 from longctx.kernels.sinks import check_sinks
 from longctx.layout import SequenceLayout, SequenceMeta, get_layout
 from longctx.masks import AttentionMask, Causal
+from longctx.parallel.cost import Shape
 from longctx.parallel.loss import linear_cross_entropy
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ulysses_problems
-from longctx.parallel.ring import RING_ATTENTION_OP
 from longctx.parallel.schedule import RingSchedule
+from longctx.parallel.strategy import ContextStrategy, get_strategy, resolve_strategy
 from longctx.parallel.ulysses import lse_to_sequence, to_heads, to_sequence
 
 __all__ = [
@@ -113,7 +114,23 @@ def attention(
     Source: Dao 2023 (arXiv 2307.08691); softcap: Gemma Team 2024 (arXiv 2408.00118), section 2.
     """
     seq_len = q.shape[1] if q.ndim > 1 else 0
-    return _attend(q, k, v, mask, _WHOLE, 0, 1, seq_len, scale, softcap, sinks, kernel, return_lse, exchange="")
+    return _attend(
+        q,
+        k,
+        v,
+        mask,
+        _WHOLE,
+        0,
+        1,
+        seq_len,
+        scale,
+        softcap,
+        sinks,
+        kernel,
+        return_lse,
+        exchange="",
+        strategy=get_strategy("relay"),
+    )
 
 
 class AttentionOverRanks(Protocol):
@@ -132,6 +149,7 @@ class AttentionOverRanks(Protocol):
         softcap: float = ...,
         sinks: Tensor | None = ...,
         kernel: str = ...,
+        strategy: str | ContextStrategy | None = ...,
         return_lse: Literal[False] = ...,
     ) -> Tensor: ...
 
@@ -148,6 +166,7 @@ class AttentionOverRanks(Protocol):
         softcap: float = ...,
         sinks: Tensor | None = ...,
         kernel: str = ...,
+        strategy: str | ContextStrategy | None = ...,
         return_lse: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -168,13 +187,13 @@ def ring_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     kernel: str = "auto",
+    strategy: str | ContextStrategy | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of this rank's queries to the keys of its whole ring: the rows of `attention` that the rank holds.
 
-    Collective over `mesh.ring`, backward too: every rank of the ring makes the same calls in the same order. One message of
-    K and V a hop, sent while the hop before is computed; `longctx.parallel.schedule.comm_bytes` counts them. Memory beyond
-    the result: three blocks of K/V, one of which is kept for the backward pass.
+    Collective over `mesh.ring`, backward too: every rank of the ring makes the same calls in the same order. What is sent, and
+    while what is computed, is up to the strategy, whose `comm_bytes` counts it.
 
     Args:
         q: "b s h d", this rank's shard, in the order of `meta.positions`; s = meta.local_len, padding included.
@@ -182,6 +201,8 @@ def ring_attention(
         meta: where the shard stands in the sequence, and who sees whom; of a whole ring shard, not one cut for Ulysses.
         mesh: holds the ring; must live until the backward pass is done.
         scale, softcap, kernel, return_lse: as in `attention`.
+        strategy: "relay", "direct", "gather" (`longctx.parallel.strategy`), "auto", or a strategy itself; None: what the plan
+            of `mesh` says. The same on every rank.
         sinks: likewise, the same on every rank. Its gradient is of the local rows, to be summed over the ring like that of
             any parameter.
 
@@ -191,6 +212,7 @@ def ring_attention(
     Raises:
         ShapeError: as `attention`; or the shard is not the one that `meta` describes, or `meta` is not of this mesh.
         KernelError: as `attention`.
+        PlanError: unknown strategy.
         DistributedError: another rank of the ring died or did not answer in time, or is about to attend differently.
 
     Source: Liu et al. 2023 (arXiv 2310.01889).
@@ -201,16 +223,51 @@ def ring_attention(
             f"{mesh.prefix} meta is of a part of a ring shard, cut over {meta.ulysses_world} Ulysses ranks\n"
             "       use context_parallel_attention, which puts the ring shard together first"
         )
-    _check_agreement(q, k, v, meta, mesh)
-    return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, return_lse)
+    chosen = _agree(q, k, v, meta, mesh, strategy, kernel, softcap)
+    return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, chosen, return_lse)
 
 
-def _check_agreement(q: Tensor, k: Tensor, v: Tensor, meta: SequenceMeta, mesh: ParallelMesh) -> None:
-    """Before the first message: whether the ranks that share the sequence are about to send the same ones."""
+def _agree(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meta: SequenceMeta,
+    mesh: ParallelMesh,
+    strategy: str | ContextStrategy | None,
+    kernel: str,
+    softcap: float,
+) -> ContextStrategy:
+    """The strategy for the ring, and before the first message whether the ranks that share the sequence will send the same.
+
+    Args:
+        q, k, v: this rank's, before heads are exchanged.
+    """
+    axes = check_block(q, k, v)
+    _check_local(axes, meta.padded_mask, meta.ring_world * meta.ulysses_world, meta.padded_len)
+    schedule = RingSchedule.build(meta.padded_mask, meta.layout, meta.ring_rank, meta.ring_world, meta.padded_len)
+    ulysses, wire = meta.ulysses_world, mesh.exchange.grad_dtype or state_dtype(k.dtype)
+    # What the ring gets once heads are exchanged; fewer key heads than ranks are repeated.
+    shape = Shape(
+        batch=axes["b"],
+        local_len=axes["sq"] * ulysses,
+        num_heads=axes["h"] // ulysses,
+        num_kv_heads=max(axes["hk"], ulysses) // ulysses,
+        head_dim=axes["d"],
+        itemsize=k.element_size(),
+        grad_itemsize=wire.itemsize,
+    )
+    chosen = resolve_strategy(
+        mesh.plan.strategy if strategy is None else strategy,
+        schedule,
+        shape,
+        q,
+        kernel=kernel,
+        softcap=check_softcap(softcap),
+        in_one_node=mesh.ring_in_one_node,
+    )
     if mesh.sp.size > 1:
-        _check_local(check_block(q, k, v), meta.padded_mask, meta.ring_world * meta.ulysses_world, meta.padded_len)
-        schedule = RingSchedule.build(meta.padded_mask, meta.layout, meta.ring_rank, meta.ring_world, meta.padded_len)
-        mesh.agreement.check(schedule, q, k)
+        mesh.agreement.check(schedule, q, k, extra=str(chosen))
+    return chosen
 
 
 def _check_ring(meta: SequenceMeta, mesh: ParallelMesh) -> None:
@@ -232,6 +289,7 @@ def _over_ring(
     softcap: float,
     sinks: Tensor | None,
     kernel: str,
+    strategy: ContextStrategy,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a whole ring shard."""
@@ -250,6 +308,7 @@ def _over_ring(
         kernel,
         return_lse,
         exchange=mesh.ring_handle,
+        strategy=strategy,
     )
 
 
@@ -265,6 +324,7 @@ def ulysses_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     kernel: str = "auto",
+    strategy: str | ContextStrategy | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over `mesh.ulysses`, around that over `mesh.ring`: the rows of `attention` that the rank holds.
@@ -282,6 +342,7 @@ def ulysses_attention(
         meta: where the shard stands in the sequence, and who sees whom.
         mesh: must live until the backward pass is done.
         scale, softcap, kernel, return_lse: as in `attention`.
+        strategy: as in `ring_attention`, of the ring inside.
         sinks: likewise, of all heads and the same on every rank. Its gradient is this rank's part, to be summed over both axes
             like that of any parameter.
 
@@ -312,9 +373,9 @@ def ulysses_attention(
         check_sinks(sinks, q)
         # Rank j attends with the j-th share of the heads.
         sinks = sinks.unflatten(0, (world, -1))[mesh.ulysses.rank]
-    _check_agreement(q, k, v, meta, mesh)
+    chosen = _agree(q, k, v, meta, mesh, strategy, kernel, softcap)
     q, k, v = to_heads(q, k, v, world=world, exchange=exchange)
-    result = _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, return_lse)
+    result = _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, chosen, return_lse)
     out, lse = result if isinstance(result, tuple) else (result, None)
     out = to_sequence(out, world=world, exchange=exchange)
     return out if lse is None else (out, lse_to_sequence(lse, world=world, exchange=exchange))
@@ -332,6 +393,7 @@ def context_parallel_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     kernel: str = "auto",
+    strategy: str | ContextStrategy | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention as the plan of `mesh` cuts sequences: `ulysses_attention` where `mesh.ulysses` has several ranks, else
@@ -339,8 +401,9 @@ def context_parallel_attention(
     """
     attend = ulysses_attention if max(mesh.ulysses.size, meta.ulysses_world) > 1 else ring_attention
     return attend(  # type: ignore[call-overload]
-        q, k, v, meta=meta, mesh=mesh, scale=scale, softcap=softcap, sinks=sinks, kernel=kernel, return_lse=return_lse
-    )
+        q, k, v, meta=meta, mesh=mesh, scale=scale, softcap=softcap, sinks=sinks, kernel=kernel, strategy=strategy,
+        return_lse=return_lse,
+    )  # fmt: skip
 
 
 def _attend(
@@ -359,15 +422,18 @@ def _attend(
     return_lse: bool,
     *,
     exchange: str,
+    strategy: ContextStrategy,
 ) -> Tensor | tuple[Tensor, Tensor]:
     axes = check_block(q, k, v)
     _check_local(axes, mask, world, seq_len)
     softcap = check_softcap(softcap)
     if sinks is not None:
         check_sinks(sinks, q)
-    hops, rows = _packed_hops(mask, layout, rank, world, seq_len)
+    schedule = _schedule(mask, layout, rank, world, seq_len)
     scale = 1 / math.sqrt(axes["d"]) if scale is None else float(scale)
-    out, lse, _ = RING_ATTENTION_OP(q, k, v, hops, rows, kernel, scale, exchange, softcap, sinks)
+    out, lse = strategy.attend(
+        q, k, v, schedule=schedule, exchange=exchange, kernel=kernel, scale=scale, softcap=softcap, sinks=sinks
+    )
     return (out, lse) if return_lse else out
 
 
@@ -390,7 +456,5 @@ def _check_local(axes: dict[str, int], mask: AttentionMask, world: int, seq_len:
         )
 
 
-def _packed_hops(
-    mask: AttentionMask, layout: SequenceLayout, rank: int, world: int, seq_len: int
-) -> tuple[Tensor, Tensor]:
-    return RingSchedule.build(mask, layout, rank, world, seq_len).packed
+def _schedule(mask: AttentionMask, layout: SequenceLayout, rank: int, world: int, seq_len: int) -> RingSchedule:
+    return RingSchedule.build(mask, layout, rank, world, seq_len)

@@ -19,10 +19,9 @@ from longctx.kernels.fused import Fused, check_fused, rms_norm, silu_mul
 from longctx.layout import SequenceMeta
 from longctx.masks import SlidingWindow
 from longctx.parallel.loss import LMHead, check_token_ids
-from longctx.parallel.ring import RING_ATTENTION_OP
 from longctx.parallel.stages import cut_by_flops, params_of_stages
+from longctx.parallel.strategy import KEPT_OPERATORS
 from longctx.parallel.tensor import ALONE, MAY_KEEP_OPS, TensorParallel, VocabularyEmbedding
-from longctx.parallel.ulysses import ALL_TO_ALL_OP
 from longctx.rope import RopeScaling, apply_rope, rope_cos_sin, rope_frequencies
 from longctx.shapes import ModelShape, check_shapes
 
@@ -41,7 +40,7 @@ class _Made(Protocol):
 
 
 # What activation checkpointing keeps: attention's result, and under Ulysses what came for attention and back from it.
-_KEPT = (RING_ATTENTION_OP, ALL_TO_ALL_OP)
+_KEPT = KEPT_OPERATORS
 
 
 class Batch(Protocol):

@@ -86,7 +86,7 @@ def choices(
         f"deepspeed {facts['deepspeed']}; started by {place.launcher}"
     )
     filled = " (dp: what the other degrees leave)" if config.parallel.dp is None and plan.world_size > 1 else ""
-    ring = f", layout {plan.layout}" if plan.ring > 1 else ""
+    ring = f", layout {plan.layout}, strategy {plan.strategy}" if plan.ring > 1 else ""
     ring += f", dk and dv sent in {plan.grad_dtype}" if plan.wire_dtype is not None else ""
     local = place.local_world_size or plan.world_size
     nodes = f", {local} on each machine" if local < plan.world_size else ""

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -317,17 +317,25 @@ class _MemoryLink:
         # Receives that were posted and not yet filled, by source: messages fill them in this order, whoever waits first.
         self._posted: dict[int, list[torch.Tensor]] = {}
 
-    def swap(self, send: torch.Tensor, receive: torch.Tensor, *, to: int, source: int) -> Callable[[], None]:
-        # Copied now: the sender may reuse its buffer as soon as its own wait returns.
-        self._boxes[self.rank, to].put(send.detach().clone())
-        if receive.is_floating_point():
-            # Whoever reads before waiting gets NaN, not what happened to be there.
-            receive.fill_(float("nan"))
+    def swap(
+        self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor], *, to: int, source: int, room: int
+    ) -> Callable[[], None]:
+        for what, tensors in (("sends", send), ("receives", receive)):
+            size = sum(x.numel() * x.element_size() for x in tensors)
+            if size > room:
+                raise RuntimeError(f"ring rank {self.rank} {what} {size} bytes, more than the {room} it spoke of")
         posted = self._posted.setdefault(source, [])
-        posted.append(receive)
+        for x in send:
+            # Copied now: the sender may reuse its buffer as soon as its own wait returns.
+            self._boxes[self.rank, to].put(x.detach().clone())
+        for x in receive:
+            if x.is_floating_point():
+                # Whoever reads before waiting gets NaN, not what happened to be there.
+                x.fill_(float("nan"))
+            posted.append(x)
 
         def wait() -> None:
-            while any(buffer is receive for buffer in posted):
+            while any(buffer is x for buffer in posted for x in receive):
                 self._fill(posted.pop(0), source)
 
         return wait

@@ -31,6 +31,8 @@ STANDS_S = 2.2
 
 WORDS = (
     "--parallel.ring=3",
+    # Whose messages are named below.
+    "--parallel.strategy=relay",
     "--data.seq_len=96",
     f"--train.timeout_s={TIMEOUT_S:g}",
     "--train.steps=1000",

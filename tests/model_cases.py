@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from longctx.masks import AttentionMask, Causal, Documents
 from longctx.model import ModelConfig, Transformer
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
-from longctx.parallel.ring import RING_ATTENTION_OP
+from longctx.parallel.strategy import KEPT_OPERATORS
 
 VOCAB, LENGTH = 61, 24
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=56)
@@ -71,16 +72,17 @@ def gradients(model: Transformer, batch: Batch) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}
 
 
-def ring_worker(rank: int, config: ModelConfig, layouts: list[str], world: int) -> list[dict]:
+def ring_worker(rank: int, config: ModelConfig, layouts: list[str], strategies: list[str], world: int) -> list[dict]:
     results = []
-    for layout in layouts:
-        mesh = ParallelMesh.create(ParallelPlan(ring=world, layout=layout), device="cpu")
+    for layout, strategy in itertools.product(layouts, strategies):
+        plan = ParallelPlan(ring=world, layout=layout, strategy=strategy)
+        mesh = ParallelMesh.create(plan, device="cpu")
         batch = make_batch(DOCUMENTS & Causal(), rank=rank, world=world, layout=layout)
         traffic = []
         for recompute in (False, True):
             model = Transformer(config, mesh=mesh, activation_checkpointing=recompute).double()
             before = mesh.exchange.bytes_sent
-            with CountOps(RING_ATTENTION_OP) as attention:
+            with CountOps(*KEPT_OPERATORS) as attention:
                 grads = gradients(model, batch)
             traffic.append((mesh.exchange.bytes_sent - before, attention.calls))
             for value in grads.values():

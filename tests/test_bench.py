@@ -374,7 +374,7 @@ class TestCommand:
 
     def test_options_make_cases(self):
         words = ["attention", "--shapes", "4x8k", "64", "--dim", "64", "128", "--heads", "8", "--kv-heads", "2"]
-        cases = bench._cases(bench.parser().parse_args([*words, "--mask", "docs"]))
+        cases = bench.cases_of(bench.parser().parse_args([*words, "--mask", "docs"]), ())
         assert [(c.batch, c.seq_len, c.head_dim) for c in cases] == [
             (4, 8192, 64),
             (4, 8192, 128),
@@ -382,8 +382,8 @@ class TestCommand:
             (1, 64, 128),
         ]
         assert {(c.heads, c.kv_heads, c.mask) for c in cases} == {(8, 2, "docs")}
-        assert bench._cases(bench.parser().parse_args(["attention", "--causal"]))[0].mask == "causal"
-        assert bench._cases(bench.parser().parse_args(["attention"])) is bench.DEFAULT_CASES
+        assert bench.cases_of(bench.parser().parse_args(["attention", "--causal"]), ())[0].mask == "causal"
+        assert bench.cases_of(bench.parser().parse_args(["attention"]), bench.DEFAULT_CASES) is bench.DEFAULT_CASES
 
     def test_only_names_contenders(self):
         got = bench._entrants(bench.parser().parse_args(["attention", "--only", "triton", "fa2"]))

@@ -16,25 +16,28 @@ import longctx
 PACKAGE = Path(longctx.__file__).parent
 ROOT = PACKAGE.parent
 
+PURE = (
+    "parallel.plan",
+    "parallel.schedule",
+    "parallel.slices",
+    "parallel.nodes",
+    "parallel.stages",
+    "parallel.moves",
+    "parallel.cost",
+)
+
 # A module may import its own layer and those above it in this table (the lower ones). kernels and parallel are
 # directories; what is inside parallel has an order of its own.
 LAYERS = (
     ("L0", ("errors", "shapes", "masks", "padding", "balance", "layout")),
     ("L1", ("kernels",)),
-    ("L2 pure", ("parallel.plan", "parallel.schedule", "parallel.slices", "parallel.nodes", "parallel.stages")),
+    ("L2 pure", PURE),
     (
-        "L2",
-        (
-            "parallel.mesh",
-            "parallel.journal",
-            "parallel.agreement",
-            "parallel.exchange",
-            "parallel.ring",
-            "parallel.ulysses",
-            "parallel.tensor",
-            "parallel.loss",
-        ),
+        "L2 messages",
+        ("parallel.journal", "parallel.agreement", "parallel.exchange", "parallel.transport", "parallel.mesh"),
     ),
+    ("L2", ("parallel.ring", "parallel.operator", "parallel.direct", "parallel.routes", "parallel.gather")),
+    ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.tensor", "parallel.loss")),
     ("L3", ("flash", "functional")),
     ("L4", ("attention", "rope", "initial", "model")),
     (
@@ -61,7 +64,10 @@ LAYERS = (
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
     ("L6 benchmark", ("flash1", "peers", "predecessors", "bench_timing", "bench_output", "bench_errors", "bench")),
-    ("L6 commands", ("comparison", "numerics", "broken", "parity", "check", "draw", "info", "__main__")),
+    ("L6 ring benchmark", ("peers_ring", "bench_ring")),
+    ("L6 commands", ("draw", "info")),
+    ("L6 checks", ("comparison", "numerics", "broken", "parity", "check")),
+    ("L6 command line", ("__main__",)),
 )
 LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}
 
@@ -74,11 +80,7 @@ FORBIDDEN = (
         "L0 is torch only",
     ),
     (("kernels",), ("torch.distributed", "deepspeed"), "a kernel knows of no other process"),
-    (
-        ("parallel.plan", "parallel.schedule", "parallel.slices", "parallel.nodes", "parallel.stages"),
-        ("torch.distributed", "deepspeed"),
-        "plans are decided without a GPU",
-    ),
+    (PURE, ("torch.distributed", "deepspeed"), "plans are decided without a GPU"),
     (
         ("parallel", "flash", "functional", "attention", "rope", "initial", "model"),
         ("deepspeed", "wandb"),

@@ -359,10 +359,10 @@ def test_no_tensor_of_all_logits_exists(monkeypatch):
 def test_a_ring_computes_what_one_process_computes():
     """3 ranks, so that the order of hops matters. Recomputed layers send no message a second time."""
     config = ModelConfig(**SIZES, qk_norm=True, sliding_window=11, tie_embeddings=True, softcap=2.0, sinks=True)
-    layouts = ["contiguous", "zigzag", "striped"]
+    layouts, strategies = ["contiguous", "zigzag", "striped"], ["relay", "direct", "gather"]
     whole = gradients(Transformer(config).double(), make_batch(DOCUMENTS & Causal()))
-    results = run_distributed(ring_worker, config, layouts, 3, world=3)[0]
-    assert len(results) == 2 * len(layouts)
+    results = run_distributed(ring_worker, config, layouts, strategies, 3, world=3)[0]
+    assert len(results) == 2 * len(layouts) * len(strategies)
     for result in results:
         for name, value in whole.items():
             torch.testing.assert_close(result[name], value, rtol=1e-9, atol=1e-11)

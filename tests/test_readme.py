@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import longctx
-from longctx import bench, check, draw, info, numerics, results
+from longctx import bench, bench_ring, check, draw, info, numerics, results
 from longctx.__main__ import COMMANDS, TrainArguments
 from longctx.config import Config, key_names, load_config
 from longctx.weights import export_parser, import_parser, parse_bytes
@@ -73,9 +73,11 @@ def _longctx(words):
     elif command == "bench" and "--smoke" in rest:
         assert bench.main(rest) == 0
     elif command == "bench":
-        args = bench.parser().parse_args(rest)
-        assert bench._cases(args)
-        assert bench._entrants(args)
+        of_ring = rest[0] == "ring"
+        module = bench_ring if of_ring else bench
+        args = module.parser().parse_args(rest[1:] if of_ring else rest)
+        assert bench.cases_of(args, module.DEFAULT_CASES)
+        assert module._entrants(args)
     elif command == "import":
         assert import_parser().parse_args(rest).config
     elif command == "export":

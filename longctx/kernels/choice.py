@@ -25,19 +25,40 @@ Speeds = tuple[dict[str, int], dict[str, int]]
 # (head dim, kind of block, rows) -> speeds.
 Table = dict[tuple[int, str, int], Speeds]
 
-# Compute capability -> table. Means over the cases of benchmarks/results/attention.csv with that head dim, mask and length,
-# whatever their batch and heads; bf16, which stands for fp16 too. NVIDIA H100 80GB HBM3, triton 3.6.0, commit 9f48123,
-# 2026-11-22, `longctx bench attention`.
+# Compute capability -> table. Means over the cases of benchmarks/results/{attention,sweep}.csv with that head dim, mask and length,
+# whatever their batch and heads; bf16, which stands for fp16 too. NVIDIA H100 80GB HBM3, triton 3.6.0, commit 17aac74,
+# 2026-11-23, `longctx bench attention` and `longctx bench attention --sweep 16k`.
 # fmt: off
 MEASURED: dict[tuple[int, int], Table] = {
     (9, 0): {
-        (64, "causal", 8192): ({"triton": 406, "cudnn": 402}, {"cudnn": 336, "triton": 325}),
-        (64, "causal", 32768): ({"cudnn": 454, "triton": 430}, {"cudnn": 409, "triton": 382}),
-        (128, "causal", 8192): ({"cudnn": 500, "triton": 479}, {"cudnn": 400, "triton": 368}),
-        (128, "causal", 32768): ({"cudnn": 588, "triton": 541}, {"cudnn": 515, "triton": 406}),
-        (128, "causal", 131072): ({"triton": 521, "cudnn": 509}, {"cudnn": 518, "triton": 434}),
-        (128, "full", 8192): ({"cudnn": 559, "triton": 516}, {"cudnn": 488, "triton": 401}),
-        (256, "causal", 32768): ({"cudnn": 607, "triton": 548}, {"cudnn": 376, "triton": 290}),
+        (64, "causal", 512): ({"triton": 172, "hopper": 159}, {"hopper": 147, "triton": 121}),
+        (64, "causal", 1024): ({"triton": 256, "hopper": 235}, {"hopper": 221, "triton": 193}),
+        (64, "causal", 2048): ({"hopper": 393, "triton": 337}, {"hopper": 293, "triton": 263}),
+        (64, "causal", 4096): ({"hopper": 447, "triton": 384}, {"hopper": 351, "triton": 310}),
+        (64, "causal", 8192): ({"hopper": 529, "cudnn": 456, "triton": 413}, {"hopper": 398, "cudnn": 363, "triton": 346}),
+        (64, "causal", 16384): ({"hopper": 505, "triton": 425}, {"hopper": 431, "triton": 374}),
+        (64, "causal", 32768): ({"hopper": 524, "cudnn": 444, "triton": 440}, {"hopper": 443, "cudnn": 417, "triton": 391}),
+        (64, "full", 512): ({"hopper": 339, "triton": 306}, {"hopper": 233, "triton": 208}),
+        (64, "full", 1024): ({"hopper": 409, "triton": 376}, {"hopper": 304, "triton": 285}),
+        (64, "full", 2048): ({"hopper": 475, "triton": 400}, {"hopper": 356, "triton": 329}),
+        (64, "full", 4096): ({"hopper": 508, "triton": 419}, {"hopper": 391, "triton": 354}),
+        (64, "full", 8192): ({"hopper": 533, "triton": 431}, {"hopper": 419, "triton": 364}),
+        (64, "full", 16384): ({"hopper": 520, "triton": 435}, {"hopper": 430, "triton": 388}),
+        (128, "causal", 512): ({"triton": 228, "hopper": 114}, {"triton": 141, "hopper": 131}),
+        (128, "causal", 1024): ({"triton": 298, "hopper": 210}, {"hopper": 264, "triton": 221}),
+        (128, "causal", 2048): ({"hopper": 397, "triton": 394}, {"hopper": 359, "triton": 295}),
+        (128, "causal", 4096): ({"hopper": 573, "triton": 450}, {"hopper": 423, "triton": 349}),
+        (128, "causal", 8192): ({"hopper": 636, "cudnn": 593, "triton": 504}, {"hopper": 504, "cudnn": 452, "triton": 396}),
+        (128, "causal", 16384): ({"hopper": 652, "triton": 492}, {"hopper": 528, "triton": 419}),
+        (128, "causal", 32768): ({"hopper": 673, "cudnn": 620, "triton": 550}, {"hopper": 523, "cudnn": 520, "triton": 412}),
+        (128, "causal", 131072): ({"hopper": 640, "cudnn": 556, "triton": 554}, {"cudnn": 536, "hopper": 534, "triton": 437}),
+        (128, "full", 512): ({"hopper": 446, "triton": 380}, {"hopper": 285, "triton": 215}),
+        (128, "full", 1024): ({"hopper": 578, "triton": 456}, {"hopper": 382, "triton": 295}),
+        (128, "full", 2048): ({"hopper": 630, "triton": 499}, {"hopper": 461, "triton": 355}),
+        (128, "full", 4096): ({"hopper": 641, "triton": 515}, {"hopper": 501, "triton": 394}),
+        (128, "full", 8192): ({"hopper": 719, "cudnn": 609, "triton": 526}, {"hopper": 552, "cudnn": 510, "triton": 428}),
+        (128, "full", 16384): ({"hopper": 656, "triton": 533}, {"hopper": 559, "triton": 431}),
+        (256, "causal", 32768): ({"hopper": 675, "cudnn": 638, "triton": 563}, {"cudnn": 386, "triton": 293, "hopper": 271}),
     },
 }
 # fmt: on

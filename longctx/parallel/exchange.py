@@ -8,7 +8,8 @@ order; the schedule, which is equal on every rank, fixes both.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -33,8 +34,14 @@ class Link(Protocol):
     rank: int
     peers: tuple[int, ...]
 
-    def swap(self, send: torch.Tensor, receive: torch.Tensor, *, to: int, source: int) -> Callable[[], None]:
-        """Start sending `send` to ring rank `to` and filling `receive` from ring rank `source`.
+    def swap(
+        self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor], *, to: int, source: int, room: int
+    ) -> Callable[[], None]:
+        """Start sending the tensors `send` to ring rank `to` and filling `receive` from ring rank `source`.
+
+        Args:
+            send, receive: contiguous, in the same order on both sides; none to send or receive nothing.
+            room: bytes, at least what any rank of the ring sends or receives this time; equal on all of them.
 
         Returns:
             A call that blocks until both are done, or on a GPU makes the current stream wait for them. `send` and
@@ -50,14 +57,14 @@ class GroupLink:
         self.rank = dist.get_rank(group)
         self.peers = tuple(dist.get_process_group_ranks(group))
 
-    def swap(self, send: torch.Tensor, receive: torch.Tensor, *, to: int, source: int) -> Callable[[], None]:
+    def swap(
+        self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor], *, to: int, source: int, room: int
+    ) -> Callable[[], None]:
+        # The tag keeps several tensors between one pair of ranks apart on gloo; NCCL goes by their order.
+        posts = [dist.P2POp(dist.isend, x, group=self._group, group_peer=to, tag=i) for i, x in enumerate(send)]
+        posts += [dist.P2POp(dist.irecv, x, group=self._group, group_peer=source, tag=i) for i, x in enumerate(receive)]
         # One batch: on NCCL both directions run as one grouped kernel on the group's own communicator.
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, send, group=self._group, group_peer=to),
-                dist.P2POp(dist.irecv, receive, group=self._group, group_peer=source),
-            ]
-        )
+        works = dist.batch_isend_irecv(posts) if posts else []
 
         def wait() -> None:
             for work in works:
@@ -89,6 +96,25 @@ class Rotation:
         return self._tensor
 
 
+@dataclass
+class Trade:
+    """Tensors on their way, both ways. `wait` once, before reading what was received or writing to what was sent."""
+
+    _kept: Sequence[torch.Tensor]
+    _wait: Callable[[], None]
+    _failed: Callable[[Exception], DistributedError]
+
+    def wait(self) -> None:
+        """
+        Raises:
+            DistributedError: a peer died, or did not answer in time.
+        """
+        try:
+            self._wait()
+        except RuntimeError as error:
+            raise self._failed(error) from error
+
+
 class RingExchange:
     """The messages of one ring, with its two receive buffers for each purpose, reused by every layer.
 
@@ -115,6 +141,7 @@ class RingExchange:
         self.journal = Journal() if journal is None else journal
         self._prefix = prefix
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
+        self._turns: dict[str, int] = {}
         self.grad_dtype = grad_dtype
         self.rank = link.rank if link is not None else 0
         self.world = len(link.peers) if link is not None else 1
@@ -141,11 +168,42 @@ class RingExchange:
         Raises:
             DistributedError: the message could not be posted.
         """
+        assert tensor.is_contiguous(), "messages are contiguous"
+        received = self._spare(purpose, tensor) if into is None else into
+        wait, failed = self._post([tensor], [received], shift, tensor.numel() * tensor.element_size(), what)
+        return Rotation(received, tensor, wait, failed)
+
+    def trade(
+        self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor], shift: int, *, room: int, what: str
+    ) -> Trade:
+        """Start sending `send` to the rank `shift` further round the ring and filling `receive` from the one `shift` behind.
+
+        Every rank of the ring calls this with the same shift and room, also one that has nothing to send or receive: what
+        one sends must be what the other expects.
+
+        Args:
+            send: not to be written to until the trade was waited for; empty tensors are left out, as the other side does.
+            receive: contiguous.
+            room: bytes, at least what any rank sends or receives in this trade; equal on all of them.
+            what: names the message in errors.
+
+        Raises:
+            DistributedError: the message could not be posted.
+        """
+        send = [x.contiguous() for x in send if x.numel()]
+        receive = [x for x in receive if x.numel()]
+        assert all(x.is_contiguous() for x in receive), "messages are contiguous"
+        wait, failed = self._post(send, receive, shift, room, what)
+        return Trade([*send, *receive], wait, failed)
+
+    def _post(
+        self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor], shift: int, room: int, what: str
+    ) -> tuple[Callable[[], None], Callable[[Exception], DistributedError]]:
+        """Start a message; returns what waits for it, and what makes an error of its failure."""
         assert self._link is not None, "a ring of one has nobody to send to"
         assert shift % self.world, "a message to oneself"
-        assert tensor.is_contiguous(), "messages are contiguous"
         to, source = (self.rank + shift) % self.world, (self.rank - shift) % self.world
-        received = self._spare(purpose, tensor) if into is None else into
+        peers = self._link.peers
 
         def failed(error: Exception) -> DistributedError:
             layer = "" if message.layer is None else f"layer {message.layer}, "
@@ -156,15 +214,20 @@ class RingExchange:
                 "all ranks"
             )
 
-        num_bytes = tensor.numel() * tensor.element_size()
-        peers = self._link.peers
+        num_bytes = sum(x.numel() * x.element_size() for x in send)
+        # Noted also where there is nothing to send or receive: all ranks count the same messages.
         message = self.journal.post(what, to=(peers[to],), source=(peers[source],), num_bytes=num_bytes)
         try:
-            arrive = self._link.swap(tensor, received, to=to, source=source)
+            arrive = self._link.swap(send, receive, to=to, source=source, room=room)
         except RuntimeError as error:
             raise failed(error) from error
         self.bytes_sent += num_bytes
-        return Rotation(received, tensor, lambda: self.journal.wait(message, arrive), failed)
+        return lambda: self.journal.wait(message, arrive), failed
+
+    def buffer(self, purpose: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """One of the two buffers of `purpose`, in turn: valid until the second next call. Contents are left over."""
+        self._turns[purpose] = 1 - self._turns.get(purpose, 0)
+        return self._reserved((purpose, self._turns[purpose]), shape, dtype, device)
 
     def warm_up(self, device: torch.device) -> None:
         """Send one number each way round, so that connections are made now, in the same order on all ranks.
@@ -182,15 +245,22 @@ class RingExchange:
 
     def _spare(self, purpose: str, like: torch.Tensor) -> torch.Tensor:
         """The receive buffer of `purpose` that `like` does not lie in, shaped like `like`."""
-        size = like.numel() * like.element_size()
         for index in (0, 1):
-            buffer = self._buffers.get((purpose, index))
-            if buffer is None or buffer.numel() < size or buffer.device != like.device:
-                buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
-                self._buffers[purpose, index] = buffer
+            buffer = self._reserved((purpose, index), like.shape, like.dtype, like.device)
             if buffer.data_ptr() != like.data_ptr():
-                return buffer[:size].view(like.dtype).view(like.shape)
+                return buffer
         raise AssertionError("two buffers share one address")
+
+    def _reserved(
+        self, key: tuple[str, int], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """The start of that buffer, which is made or replaced where it is too small."""
+        size = math.prod(shape) * dtype.itemsize
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < size or buffer.device != device:
+            buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            self._buffers[key] = buffer
+        return buffer[:size].view(dtype).view(tuple(shape))
 
 
 def get_exchange(handle: str) -> RingExchange:

@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from longctx.errors import DistributedError
 from longctx.parallel.agreement import Agreement
-from longctx.parallel.exchange import GroupLink, HeadExchange, Link, RingExchange, TensorExchange, at_layer
+from longctx.parallel.exchange import HeadExchange, Link, RingExchange, TensorExchange, at_layer
 from longctx.parallel.journal import Journal
 from longctx.parallel.plan import Coords, ParallelPlan
+from longctx.parallel.transport import are_in_one_node, ring_link
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
@@ -75,6 +76,7 @@ class ParallelMesh:
         groups: dict[str, dist.ProcessGroup | None],
         link: Link | None,
         grad_dtype: torch.dtype | None = None,
+        ring_in_one_node: bool = True,
         store: dist.Store | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
@@ -88,6 +90,8 @@ class ParallelMesh:
             for name in _AXES
             for ranks in [_axis_ranks(plan, name, self.coords)]
         )
+        # Whether all ranks of the ring are processes of one machine.
+        self.ring_in_one_node = ring_in_one_node
         self.journal = Journal(device)
         self.agreement = Agreement(
             store,
@@ -125,8 +129,9 @@ class ParallelMesh:
 
         Raises:
             PlanError: the plan does not fit the world, or needs what is not available.
-            DistributedError: several processes are needed but none, or a backend that cannot carry the device's tensors, was
-                initialised; the device is not the current one; no contact.
+            DistributedError: the transport that the plan names cannot be had; several processes are needed but none, or a
+                backend that cannot carry the device's tensors, was initialised; the device is not the current one; no
+                contact.
         """
         device = torch.device(device)
         is_alone = not dist.is_initialized()
@@ -137,7 +142,13 @@ class ParallelMesh:
             _check_backend(device)
             groups = _make_groups(plan, rank, device, timeout)
         ring = groups.get("ring")
-        link = GroupLink(ring) if ring is not None else None
+        link, in_one_node = None, True
+        if ring is not None:
+            prefix = f"[rank {rank} | {plan.coords(rank)}]"
+            in_one_node = are_in_one_node(ring)
+            link = ring_link(
+                ring, device, transport=plan.transport, in_one_node=in_one_node, timeout=timeout, prefix=prefix
+            )
         sp = groups.get("sp")
         mesh = cls(
             plan,
@@ -146,6 +157,7 @@ class ParallelMesh:
             groups=groups,
             link=link,
             grad_dtype=grad_dtype,
+            ring_in_one_node=in_one_node,
             store=None if sp is None else _store_of(sp),
             timeout=timeout,
         )

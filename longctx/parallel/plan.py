@@ -22,6 +22,10 @@ SCHEDULES = ("1f1b", "dualpipev")
 # The token spans of a rank that `describe` writes out before it only counts them.
 SHOWN_SPANS = 4
 
+# Values of `strategy` and `transport`, explained at `ParallelPlan`.
+STRATEGIES = ("auto", "relay", "direct", "gather")
+TRANSPORTS = ("auto", "nccl", "copy_engine")
+
 
 @dataclass(frozen=True)
 class Coords:
@@ -51,6 +55,10 @@ class ParallelPlan:
             features of the SwiGLU and the vocabulary; Ulysses then divides the heads that are left.
         layout: which positions of a sequence each ring rank holds, by name; "auto": for each batch's mask the layout that is
             fastest for it.
+        strategy: how the ranks of a ring get to see each other's keys: "relay", "direct", "gather", or "auto": what is
+            estimated to be fastest, logged with the reason.
+        transport: what carries the messages of a ring: "nccl" (gloo on CPUs), "copy_engine" (GPUs of one
+            node, through each other's memory), or "auto": the copy engine where it can be had, logged with the reason.
         grad_dtype: of key and value gradients on the ring's wire: as they are summed, or in half the bytes, rounded at each
             hop.
         schedule: of the pipeline's micro-batches. "1f1b": one forward, one backward in turn. "dualpipev": each process holds two
@@ -70,6 +78,8 @@ class ParallelPlan:
     ulysses: int = 1
     tp: int = 1
     layout: str = "zigzag"
+    strategy: str = "auto"
+    transport: str = "auto"
     schedule: Literal["1f1b", "dualpipev"] = "1f1b"
     shard_norms: bool = False
     allow_across_nodes: bool = False
@@ -151,6 +161,9 @@ class ParallelPlan:
                 get_layout(self.layout)
             except LongCtxError as error:
                 found.append(Problem(str(error)))
+        for name, known in (("strategy", STRATEGIES), ("transport", TRANSPORTS)):
+            if (value := getattr(self, name)) not in known:
+                found.append(Problem(f"unknown {name} {value!r}: {did_you_mean(value, known)}"))
         if self.grad_dtype not in ("fp32", "bf16"):
             found.append(Problem(f"grad_dtype = {self.grad_dtype!r} is not known", "one of fp32, bf16"))
         elif self.grad_dtype != "fp32" and self.ring == 1:

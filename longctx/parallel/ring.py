@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ _OWN_DELTA = ("cudnn", "flash4")
 
 # Matrix products of a block, each 2 FLOPs for every visible pair, head and element of the head: q k^T and p v; in
 # backward q k^T once more, dp, dv, dk and dq.
-_FORWARD_PRODUCTS = 2
-_BACKWARD_PRODUCTS = 5
+FORWARD_PRODUCTS = 2
+BACKWARD_PRODUCTS = 5
 
 
 @torch.library.custom_op(
@@ -67,10 +68,10 @@ def _ring_attention(
         backward pass starts; empty where nothing came.
     """
     ring = get_exchange(exchange)
-    todo = _unpack(hops, rows)
+    todo = cached_hops(hops, rows)
     # Chosen before the first message: a block that no kernel can do must not leave other ranks waiting.
     kernels = [None if kr.kind == "empty" else select_kernel(kernel, q, kr, softcap) for _, kr in todo]
-    ring.journal.begin_attention(lambda: _flops(q, k, todo, _FORWARD_PRODUCTS))
+    ring.journal.begin_attention(lambda: attention_flops(q, todo, [k.shape[1]] * len(todo), FORWARD_PRODUCTS))
     message = torch.stack((k, v)) if len(todo) > 1 else k.new_empty(0)
     held = torch.empty_like(message)
     block = (k, v)
@@ -123,9 +124,9 @@ def _ring_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv like q, k, v, contiguous; dsinks [h] of the local rows, empty without sinks. Uses no more than the inputs and outputs of the forward operator."""
     ring = get_exchange(exchange)
-    todo = _unpack(hops, rows)
-    kernels = [None if kr.kind == "empty" else _backward_kernel(kernel, q, kr, softcap, dlse) for _, kr in todo]
-    ring.journal.begin_attention(lambda: _flops(q, k, todo, _BACKWARD_PRODUCTS))
+    todo = cached_hops(hops, rows)
+    kernels = [None if kr.kind == "empty" else backward_kernel(kernel, q, kr, softcap, dlse) for _, kr in todo]
+    ring.journal.begin_attention(lambda: attention_flops(q, todo, [k.shape[1]] * len(todo), BACKWARD_PRODUCTS))
     # Gradients of sums and means come as expanded tensors, whose strides are 0.
     dout = dout.contiguous()
     delta = row_delta(out, dout)
@@ -232,10 +233,11 @@ RING_ATTENTION_OP = torch.ops.longctx.ring_attention.default
 RING_ATTENTION_BACKWARD_OP = torch.ops.longctx.ring_attention_backward.default
 
 
-def _flops(q: Tensor, k: Tensor, todo: Hops, products: int) -> float:
-    """What this rank computes for the pairs that its mask shows."""
+def attention_flops(q: Tensor, todo: Hops, num_keys: Sequence[int], products: int) -> float:
+    """What this rank computes for the pairs that its mask shows, with so many keys at each hop."""
     b, s, h, d = q.shape
-    return 2.0 * products * h * d * sum(key_range.pairs(b, s, k.shape[1]) for _, key_range in todo)
+    pairs = sum(key_range.pairs(b, s, n) for (_, key_range), n in zip(todo, num_keys, strict=True))
+    return 2.0 * products * h * d * pairs
 
 
 def _accumulator(like: Tensor) -> Tensor:
@@ -243,7 +245,7 @@ def _accumulator(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=state_dtype(like.dtype), device=like.device)
 
 
-def _backward_kernel(name: str, q: Tensor, key_range: KeyRange, softcap: float, dlse: Tensor | None) -> BlockAttention:
+def backward_kernel(name: str, q: Tensor, key_range: KeyRange, softcap: float, dlse: Tensor | None) -> BlockAttention:
     """The kernel for one block's backward. A gradient of lse reaches the scores through delta alone."""
     chosen = select_kernel(name, q, key_range, softcap, "backward")
     if dlse is None or chosen.name not in _OWN_DELTA:
@@ -266,7 +268,8 @@ _unpacked: OrderedDict[tuple[int, int], tuple[Tensor, Tensor, Hops]] = OrderedDi
 _unpacked_lock = threading.Lock()
 
 
-def _unpack(table: Tensor, rows: Tensor) -> Hops:
+def cached_hops(table: Tensor, rows: Tensor) -> Hops:
+    """`unpack_hops`, remembered: the same key ranges for the same tensors."""
     key = (table.data_ptr(), rows.data_ptr())
     with _unpacked_lock:
         if key not in _unpacked:

@@ -6,7 +6,7 @@ Knows nothing of key intervals, schedules or messages: the other side is a dense
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,7 +16,8 @@ from longctx.layout import Balanced, Contiguous, SequenceLayout, SequenceMeta, S
 from longctx.masks import AttentionMask, Causal, Documents, Full, PrefixLM, SlidingWindow
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
-from longctx.parallel.schedule import CommBytes, RingSchedule, comm_bytes, ulysses_comm_bytes
+from longctx.parallel.schedule import CommBytes, RingSchedule, ulysses_comm_bytes
+from longctx.parallel.strategy import get_strategy
 
 # A multiple of what every layout asks for at 3 and at 4 ranks.
 SEQ_LEN = 96
@@ -82,11 +83,12 @@ class Case:
     kernel: str = "reference"
     # Whether the loss depends on lse too.
     lse_gradient: bool = True
+    strategy: str | None = "relay"
 
     def __str__(self) -> str:
         parts = [self.mask, self.layout, str(self.dtype).removeprefix("torch."), self.heads, self.kernel]
-        parts += ["lse"] * self.lse_gradient + [f"s{self.seq_len}"] * (self.seq_len != SEQ_LEN)
-        return "-".join(parts)
+        parts += [str(self.strategy)] * (self.strategy != "relay") + ["lse"] * self.lse_gradient
+        return "-".join(parts + [f"s{self.seq_len}"] * (self.seq_len != SEQ_LEN))
 
 
 def all_cases() -> list[Case]:
@@ -142,7 +144,8 @@ def dense_attention(q, k, v, visible: torch.Tensor, scale: float) -> tuple[torch
 
 def inputs(case: Case, device: torch.device) -> list[torch.Tensor]:
     """q, k, v, dout and dlse of the whole sequence, the same on every rank, in float64 but rounded to the case's dtype."""
-    generator = torch.Generator().manual_seed(sum(map(ord, str(case))))
+    # Every strategy gets the same numbers.
+    generator = torch.Generator().manual_seed(sum(map(ord, str(replace(case, strategy="relay")))))
     h, hk = HEADS[case.heads]
 
     def draw(*shape: int) -> torch.Tensor:
@@ -194,7 +197,7 @@ def run_case(
 
         def attend(q, k, v):
             result = functional.context_parallel_attention(
-                q, k, v, meta=meta, mesh=mesh, scale=scale, kernel=case.kernel, return_lse=True
+                q, k, v, meta=meta, mesh=mesh, scale=scale, kernel=case.kernel, strategy=case.strategy, return_lse=True
             )
             sent.append(_sent(mesh))
             return result
@@ -229,7 +232,7 @@ def _sent(mesh: ParallelMesh) -> int:
 
 def _predicted(mesh: ParallelMesh, case: Case, schedule: RingSchedule, local_len: int) -> CommBytes:
     (h, hk), ulysses, lse = HEADS[case.heads], mesh.ulysses.size, state_dtype(case.dtype)
-    ring = comm_bytes(
+    ring = get_strategy(case.strategy or "relay").comm_bytes(
         schedule,
         batch=BATCH,
         num_kv_heads=max(hk, ulysses) // ulysses,

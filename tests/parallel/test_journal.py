@@ -19,6 +19,7 @@ from longctx.parallel.journal import Account, Journal
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
+from longctx.parallel.strategy import GatherStrategy, strategy_names
 from longctx.testing import run_distributed, run_virtual_ring
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
@@ -57,21 +58,43 @@ def noted(mesh: ParallelMesh) -> list[str]:
     return said
 
 
-def test_messages_name_layer_direction_hop_and_peers():
-    def worker(mesh):
-        said = noted(mesh)
-        meta = meta_of(mesh)
-        out = ParallelAttention(mesh, kernel="reference", layer=7)(*inputs(meta), meta)
-        out.sum().backward()
-        return said
-
-    assert run_virtual_ring(worker, world=3)[1] == [
+# What rank 1 of 3 sends of one layer.
+MESSAGES = {
+    "relay": [
         "layer 7, forward, K/V for hop 1 (to rank 2, from rank 0)",
         "layer 7, forward, K/V for hop 2 (to rank 2, from rank 0)",
         "layer 7, backward, K/V for hop 1 (to rank 0, from rank 2)",
         "layer 7, backward, dK/dV after hop 2 (to rank 0, from rank 2)",
         "layer 7, backward, dK/dV after hop 1 (to rank 0, from rank 2)",
-    ]
+    ],
+    "direct": [
+        "layer 7, forward, K/V for hop 1 (to rank 2, from rank 0)",
+        "layer 7, forward, K/V for hop 2 (to rank 0, from rank 2)",
+        "layer 7, backward, K/V for hop 1 (to rank 2, from rank 0)",
+        "layer 7, backward, dK/dV of hop 2 (to rank 2, from rank 0)",
+        "layer 7, backward, dK/dV of hop 1 (to rank 0, from rank 2)",
+    ],
+    GatherStrategy(groups=1): [
+        "layer 7, forward, K/V for hop 1, heads 0 to 1 (to rank 2, from rank 0)",
+        "layer 7, forward, K/V for hop 2, heads 0 to 1 (to rank 0, from rank 2)",
+        "layer 7, backward, K/V for hop 1, heads 0 to 1 (to rank 2, from rank 0)",
+        "layer 7, backward, K/V for hop 2, heads 0 to 1 (to rank 0, from rank 2)",
+        "layer 7, backward, dK/dV of hop 1, heads 0 to 1 (to rank 0, from rank 2)",
+        "layer 7, backward, dK/dV of hop 2, heads 0 to 1 (to rank 2, from rank 0)",
+    ],
+}
+
+
+@pytest.mark.parametrize("strategy", MESSAGES, ids=str)
+def test_messages_name_layer_direction_hop_and_peers(strategy):
+    def worker(mesh):
+        said = noted(mesh)
+        meta = meta_of(mesh)
+        out = ParallelAttention(mesh, kernel="reference", layer=7, strategy=strategy)(*inputs(meta), meta)
+        out.sum().backward()
+        return said
+
+    assert run_virtual_ring(worker, world=3)[1] == MESSAGES[strategy]
 
 
 def ulysses_worker(rank: int) -> tuple[list[str], Account, int]:
@@ -97,16 +120,17 @@ def test_messages_of_ulysses_are_noted_too():
         assert account.flops > 0, "a ring of one computes the attention"
 
 
+@pytest.mark.parametrize("strategy", strategy_names())
 @pytest.mark.parametrize(
     "mask",
     [Causal(), SlidingWindow(5) & Causal(), Documents(((0, 7, SEQ_LEN), (0, 30, SEQ_LEN))) & Causal()],
     ids=["causal", "window", "own_docs"],
 )
-def test_an_account_holds_the_bytes_and_the_flops_of_the_mask(mask):
+def test_an_account_holds_the_bytes_and_the_flops_of_the_mask(mask, strategy):
     def worker(mesh):
         meta = meta_of(mesh, mask)
         mesh.journal.is_measuring = True
-        out = ring_attention(*inputs(meta), meta=meta, mesh=mesh, kernel="reference")
+        out = ring_attention(*inputs(meta), meta=meta, mesh=mesh, kernel="reference", strategy=strategy)
         forward = mesh.journal.take()
         sent = mesh.exchange.bytes_sent
         out.sum().backward()
@@ -147,28 +171,29 @@ def test_waiting_for_a_late_rank_is_exposed_and_no_part_of_attention():
     assert late.exposed_s < 0.4
 
 
+@pytest.mark.parametrize("strategy", ["relay", "direct"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_the_rank_that_is_behind_has_the_least_standing(when, monkeypatch):
+def test_the_rank_that_is_behind_has_the_least_standing(when, strategy, monkeypatch):
     """Rank 1 stops before it posts the message for hop 2, or after: no other rank stands as far back."""
     stop, is_there = threading.Event(), threading.Event()
-    rotate = RingExchange.rotate
+    post = RingExchange._post
 
-    def halting(self, *args, **settings):
-        is_it = self.rank == 1 and settings["what"] == "forward, K/V for hop 2"
-        flying = rotate(self, *args, **settings) if when == "after" or not is_it else None
+    def halting(self, send, receive, shift, room, what):
+        is_it = self.rank == 1 and what == "forward, K/V for hop 2"
+        flying = post(self, send, receive, shift, room, what) if when == "after" or not is_it else None
         if is_it:
             is_there.set()
             stop.wait(20)
-        return flying or rotate(self, *args, **settings)
+        return flying or post(self, send, receive, shift, room, what)
 
-    monkeypatch.setattr(RingExchange, "rotate", halting)
+    monkeypatch.setattr(RingExchange, "_post", halting)
     meshes = {}
 
     def worker(mesh):
         meshes[mesh.rank] = mesh
         meta = meta_of(mesh)
-        ring_attention(*inputs(meta), meta=meta, mesh=mesh, kernel="reference")
-        ring_attention(*inputs(meta), meta=meta, mesh=mesh, kernel="reference")
+        for _ in range(2):
+            ring_attention(*inputs(meta), meta=meta, mesh=mesh, kernel="reference", strategy=strategy)
 
     ring = threading.Thread(target=run_virtual_ring, args=(worker,), kwargs={"world": 4})
     ring.start()
@@ -176,7 +201,7 @@ def test_the_rank_that_is_behind_has_the_least_standing(when, monkeypatch):
         assert is_there.wait(20)
         deadline = time.monotonic() + 20
         others = (0, 2, 3)
-        while not all(meshes[r].journal.standing().is_waiting for r in others):
+        while not all(r in meshes and meshes[r].journal.standing().is_waiting for r in others):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         stands = {r: meshes[r].journal.standing() for r in range(4)}

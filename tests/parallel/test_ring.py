@@ -110,14 +110,14 @@ def test_gradients_may_travel_in_half_precision():
 # Broken twins: each is a mistake that this check must see, or it proves nothing.
 
 
-def _packed_from(change):
-    """`functional._packed_hops` with the hops of the schedule changed."""
+def _schedule_from(change):
+    """`functional._schedule` with the hops of the schedule changed."""
 
-    def packed(mask, layout, rank, world, seq_len):
+    def build(mask, layout, rank, world, seq_len):
         schedule = RingSchedule.build(mask, layout, rank, world, seq_len)
-        return replace(schedule, hops=tuple(change(schedule))).packed
+        return replace(schedule, hops=tuple(change(schedule)))
 
-    return packed
+    return build
 
 
 def _skip_a_hop(schedule: RingSchedule):
@@ -149,13 +149,13 @@ def _is_caught(world: int, mask: str = "causal", layout: str = "zigzag") -> bool
 @pytest.mark.parametrize("twin", HOP_TWINS)
 def test_broken_hops_are_caught(monkeypatch, twin, layout):
     assert not _is_caught(3, layout=layout)
-    monkeypatch.setattr(functional, "_packed_hops", _packed_from(HOP_TWINS[twin]))
+    monkeypatch.setattr(functional, "_schedule", _schedule_from(HOP_TWINS[twin]))
     assert _is_caught(3, layout=layout)
 
 
 def test_two_ranks_cannot_tell_which_way_the_ring_turns(monkeypatch):
     """Why worlds of 3 and 4 are tested: at 2 the wrong order is the right one."""
-    monkeypatch.setattr(functional, "_packed_hops", _packed_from(_wrong_way_round))
+    monkeypatch.setattr(functional, "_schedule", _schedule_from(_wrong_way_round))
     assert not _is_caught(2)
 
 

@@ -18,6 +18,7 @@ from longctx.masks import Causal, Documents
 from longctx.parallel import ring
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
 from longctx.parallel.schedule import RingSchedule
+from longctx.parallel.strategy import KEPT_OPERATORS
 from longctx.testing import run_virtual_ring
 
 SCALE = 0.3
@@ -109,7 +110,9 @@ def test_compiled_model_code_around_attention_agrees(backend):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_checkpointing_that_keeps_the_operator_never_computes_it_again(monkeypatch):
+# Calls of the kernel on one rank: a hop each, or a group of heads each.
+@pytest.mark.parametrize(("strategy", "blocks"), [("relay", 3), ("direct", 3), ("gather", 2)])
+def test_checkpointing_that_keeps_the_operator_never_computes_it_again(strategy, blocks, monkeypatch):
     calls = []
     forward = ReferenceAttention.forward
 
@@ -120,7 +123,7 @@ def test_checkpointing_that_keeps_the_operator_never_computes_it_again(monkeypat
     monkeypatch.setattr(ReferenceAttention, "forward", counted)
 
     def policy(ctx, op, *args, **kwargs):
-        keep = op is RING_ATTENTION_OP
+        keep = op in KEPT_OPERATORS
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     def worker(mesh):
@@ -129,7 +132,8 @@ def test_checkpointing_that_keeps_the_operator_never_computes_it_again(monkeypat
         q = torch.randn(1, meta.local_len, 2, 4, generator=generator, requires_grad=True)
 
         def layer(q):
-            return functional.ring_attention(q.sin(), q, q, meta=meta, mesh=mesh, kernel="reference").cos()
+            y = functional.ring_attention(q.sin(), q, q, meta=meta, mesh=mesh, kernel="reference", strategy=strategy)
+            return y.cos()
 
         (expected,) = torch.autograd.grad(layer(q).sum(), q)
         sent = mesh.exchange.bytes_sent
@@ -140,7 +144,7 @@ def test_checkpointing_that_keeps_the_operator_never_computes_it_again(monkeypat
         return mesh.exchange.bytes_sent == 2 * sent
 
     assert all(run_virtual_ring(worker, world=3))
-    assert len(calls) == 2 * 3 * 3
+    assert len(calls) == 2 * 3 * blocks
 
 
 def test_gradient_of_lse_alone():

@@ -1,0 +1,181 @@
+"""What each scheme of communication would cost, estimated from a few rows of the mask; the same on every rank.
+
+Times are those of the slowest rank at every hop. The rates are round figures of one kind of machine (Hopper, NVLink inside a
+node, one 400 Gb/s network card a GPU between nodes), good enough to tell schemes apart: what decides is which messages hide
+behind which products.
+
+Source: volumes and overlap of ring, all-gather and Ulysses schemes as derived in Liu et al. 2023 (arXiv 2310.01889) and
+Fang and Zhao 2024 (arXiv 2405.07719).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from longctx.layout import SequenceLayout
+from longctx.masks import AttentionMask
+from longctx.parallel.schedule import CACHED_SCHEDULES, sampled_rows
+
+# Bytes/s of the links inside a node and between nodes, and of the GPU's memory; seconds that a message takes however small it
+# is, and that one more kernel loses at its start and in its last wave. Links measured on two H200 with messages of 32 MiB and
+# more (both transports, 245 to 350 GB/s); the rest fits the times of rings with and without messages there, 2026-11-23.
+NODE_BYTES = 280e9
+NETWORK_BYTES = 40e9
+MEMORY_BYTES = 3e12
+MESSAGE_S = 20e-6
+LAUNCH_S = 150e-6
+
+# FLOP/s of kernels forward and backward, by name; of any other, the last.
+KERNEL_FLOPS = {"hopper": (650e12, 550e12), "cudnn": (600e12, 540e12), "triton": (500e12, 400e12)}
+
+# Five products instead of two.
+BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call of one rank.
+
+    Args:
+        local_len: tokens of the rank.
+        itemsize, grad_itemsize: bytes of one element of K/V and of their gradients on the wire.
+    """
+
+    batch: int
+    local_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    itemsize: int
+    grad_itemsize: int = 4
+
+    @property
+    def key_elements(self) -> int:
+        """Of K and V of one key position."""
+        return 2 * self.batch * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class HopShares:
+    """Of one distance: the visible share of all pairs of two ranks, and the share of keys that is needed, each of the rank
+    with the most."""
+
+    area: float
+    keys: float
+
+
+@lru_cache(maxsize=CACHED_SCHEDULES)
+def hop_shares(mask: AttentionMask, layout: SequenceLayout, world: int, seq_len: int) -> tuple[HopShares, ...]:
+    """Of every distance that has work in the rows looked at; distance 0 first. O(world squared), not O(seq_len squared)."""
+    s = seq_len // world
+    rows = sampled_rows(s)
+    positions = [layout.positions(r, world, seq_len) for r in range(world)]
+    seen = [mask.key_range(p[rows], seq_len) for p in positions]
+    found = []
+    for distance in range(world):
+        areas, keys = [0.0], [0.0]
+        for rank in range(world):
+            k_pos = positions[(rank - distance) % world]
+            lo, hi = (torch.searchsorted(k_pos, x.contiguous()) for x in seen[rank])
+            sees = hi > lo
+            if bool(sees.any()):
+                areas.append(float((hi - lo).double().mean()) / s)
+                keys.append(float(hi[sees].max() - lo[sees].min()) / s)
+        if distance == 0 or max(areas) > 0:
+            found.append(HopShares(max(areas), max(keys)))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one call, forward and backward together, and of these the seconds in which only messages move."""
+
+    total: float
+    exposed: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of the kernels that a scheme runs."""
+
+    forward: float
+    backward: float
+
+    @staticmethod
+    def of(kernels: Iterable[tuple[str, str, int]]) -> Rates:
+        """Of blocks, each with its kernel forward and backward and its area: together as fast as so many products are."""
+        blocks = list(kernels)
+        area = sum(n for *_, n in blocks)
+        known = list(KERNEL_FLOPS.values())[-1]
+        seconds = [sum(n / KERNEL_FLOPS.get(names[i], known)[i] for *names, n in blocks) for i in (0, 1)]
+        return Rates(*(area / s for s in seconds)) if area else Rates(*known)
+
+
+def estimates(
+    shape: Shape, hops: tuple[HopShares, ...], rates: Mapping[str, Rates], *, in_one_node: bool, groups: int
+) -> dict[str, Estimate]:
+    """Of every scheme that there are rates for, by name.
+
+    Args:
+        hops: `hop_shares`.
+        rates: of the kernels that a scheme needs: for the blocks of its hops, or for the one block of gathered keys.
+        in_one_node: whether all ranks of the ring are.
+        groups: of heads, for gather.
+    """
+    speed = NODE_BYTES if in_one_node else NETWORK_BYTES
+    s = shape.local_len
+
+    def message(keys: float, itemsize: int) -> float:
+        return MESSAGE_S + keys * s * shape.key_elements * itemsize / speed if keys else 0.0
+
+    found = {}
+    for name, shares in (("relay", [1.0] * len(hops)), ("direct", [hop.keys for hop in hops])):
+        if name in rates:
+            there = [message(x, shape.itemsize) for x in shares]
+            home = [message(x, shape.grad_itemsize) for x in shares]
+            found[name] = _by_hops(shape, [hop.area for hop in hops], rates[name], there, home)
+    if "gather" in rates:
+        there_all, home_all = (
+            sum(message(hop.keys / groups, size) for hop in hops[1:]) for size in (shape.itemsize, shape.grad_itemsize)
+        )
+        found["gather"] = _at_once(shape, hops, rates["gather"], there_all, home_all, groups)
+    return found
+
+
+def _products(shape: Shape) -> int:
+    """FLOPs of a forward pass in which every local query sees as many keys as the rank holds."""
+    return 4 * shape.batch * shape.num_heads * shape.head_dim * shape.local_len**2
+
+
+def _by_hops(
+    shape: Shape, areas: Sequence[float], rates: Rates, there: Sequence[float], home: Sequence[float]
+) -> Estimate:
+    """Of one kernel for each hop; `there`, `home`: seconds of each hop's keys and of their gradients."""
+    forward_work = [_products(shape) * area / rates.forward for area in areas]
+    backward_work = [BACKWARD * _products(shape) * area / rates.backward for area in areas]
+    last = len(areas) - 1
+    forward = sum(max(0.0, there[i + 1] - forward_work[i]) for i in range(last))
+    # While hop i is computed, the block of hop i - 1 comes and the gradients of hop i + 1 go.
+    beside = [(there[i - 1] if i > 1 else 0.0) + (home[i + 1] if i < last else 0.0) for i in range(last + 1)]
+    backward = sum(max(0.0, b - w) for b, w in zip(beside, backward_work, strict=True))
+    # The carried state is written and read in fp32 at every hop; so is dq.
+    state = 8 * shape.batch * shape.local_len * shape.num_heads * shape.head_dim / MEMORY_BYTES
+    passes = 2 * last * (LAUNCH_S + state)
+    return Estimate(sum(forward_work) + sum(backward_work) + passes + forward + backward, forward + backward)
+
+
+def _at_once(shape: Shape, hops: Sequence[HopShares], rates: Rates, there: float, home: float, groups: int) -> Estimate:
+    """Of one kernel for each group of heads; `there`, `home`: seconds of one group's keys and of their gradients."""
+    products = _products(shape) * sum(hop.area for hop in hops) / groups
+    forward_work, backward_work = products / rates.forward, BACKWARD * products / rates.backward
+    exposed = 2 * there + home
+    exposed += (groups - 1) * (max(0.0, there - forward_work) + max(0.0, there + home - backward_work))
+    # Keys and their gradients are put in order and collected again.
+    keys = sum(hop.keys for hop in hops) * shape.local_len
+    copies = keys * shape.key_elements * (4 * shape.itemsize + 8) / MEMORY_BYTES
+    passes = 2 * (groups - 1) * LAUNCH_S + copies
+    return Estimate(groups * (forward_work + backward_work) + passes + exposed, exposed)

@@ -1,0 +1,286 @@
+"""How the ranks of a ring get to see each other's keys: one class for each scheme, and the choice among them.
+
+Every scheme computes the same attention and differs in what is sent when. Ulysses is not one of these: it goes around them,
+over its own axis of the mesh, so any of them serves as the inner scheme of the hybrid.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from longctx.errors import KernelError, PlanError, did_you_mean
+from longctx.kernels import Direction, select_kernel
+from longctx.parallel.cost import Estimate, Rates, Shape, estimates, hop_shares
+from longctx.parallel.direct import DIRECT_ATTENTION
+from longctx.parallel.gather import GATHER_ATTENTION
+from longctx.parallel.moves import direct_comm_bytes, direct_plan, gather_comm_bytes, gather_plan
+from longctx.parallel.ring import RING_ATTENTION_OP, cached_hops
+from longctx.parallel.schedule import CommBytes, RingSchedule, comm_bytes
+from longctx.parallel.ulysses import ALL_TO_ALL_OP
+
+log = logging.getLogger(__name__)
+
+# What activation checkpointing must keep, so that attention is never computed and no message sent a second time.
+KEPT_OPERATORS = (RING_ATTENTION_OP, DIRECT_ATTENTION.forward, GATHER_ATTENTION.forward, ALL_TO_ALL_OP)
+
+
+class ContextStrategy(ABC):
+    """One scheme of communication over a ring. `name` is what settings call it."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @abstractmethod
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        schedule: RingSchedule,
+        exchange: str,
+        kernel: str,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of the local queries to all keys of the ring. Differentiable, collective.
+
+        Args:
+            q: "b s h d"; k, v: "b s hk d".
+            schedule: of this rank.
+            exchange: handle of the ring's `RingExchange`; empty for a ring of one.
+            kernel, scale, softcap, sinks: as `longctx.functional.attention`.
+
+        Returns:
+            out "b s h d" in q's dtype; lse "b h s" fp32.
+        """
+
+    @abstractmethod
+    def comm_bytes(
+        self,
+        schedule: RingSchedule,
+        *,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        itemsize: int,
+        grad_itemsize: int = 4,
+    ) -> CommBytes:
+        """What this rank sends, forward and backward; arguments as `longctx.parallel.schedule.comm_bytes`."""
+
+
+class RelayStrategy(ContextStrategy):
+    """All keys go round the ring from neighbour to neighbour, and their gradients ride back with them.
+
+    Uses the links between neighbours only, so it suits networks in which these are the fast ones.
+
+    Source: Liu et al. 2023 (arXiv 2310.01889).
+    """
+
+    name = "relay"
+
+    def attend(self, q, k, v, *, schedule, exchange, kernel, scale, softcap=0.0, sinks=None):
+        out, lse, _ = RING_ATTENTION_OP(q, k, v, *schedule.packed, kernel, scale, exchange, softcap, sinks)
+        return out, lse
+
+    def comm_bytes(self, schedule, **shape):
+        return comm_bytes(schedule, **shape)
+
+
+class DirectStrategy(ContextStrategy):
+    """At each hop the keys that a rank needs come straight from their owner, and their gradients go straight home.
+
+    Never sends more than the relay, and less wherever a rank does not see all keys of another.
+    """
+
+    name = "direct"
+
+    def attend(self, q, k, v, *, schedule, exchange, kernel, scale, softcap=0.0, sinks=None):
+        hops, rows, moves, held_len = direct_plan(schedule)
+        none = moves[:0, 0]
+        out, lse, _ = DIRECT_ATTENTION.forward(
+            q, k, v, hops, rows, moves, none, none, held_len, kernel, scale, exchange, softcap, sinks
+        )
+        return out, lse
+
+    def comm_bytes(self, schedule, **shape):
+        return direct_comm_bytes(schedule, **shape)
+
+
+@dataclass(frozen=True)
+class GatherStrategy(ContextStrategy):
+    """A rank gathers all keys that it needs, a group of heads at a time, and attends to them in one go.
+
+    Args:
+        groups: of heads. None: the most up to `GROUPS` that divide the key heads. The first group's message is not hidden
+            behind anything, and two groups of gathered keys bound the memory.
+    """
+
+    groups: int | None = None
+    name = "gather"
+
+    def __str__(self) -> str:
+        return self.name if self.groups is None else f"{self.name} in {self.groups} groups"
+
+    def attend(self, q, k, v, *, schedule, exchange, kernel, scale, softcap=0.0, sinks=None):
+        hops, rows, moves, pieces, order = gather_plan(schedule)
+        groups = self.groups_of(k.shape[2], schedule.world)
+        out, lse, _ = GATHER_ATTENTION.forward(
+            q, k, v, hops, rows, moves, pieces, order, groups, kernel, scale, exchange, softcap, sinks
+        )
+        return out, lse
+
+    def comm_bytes(self, schedule, **shape):
+        return gather_comm_bytes(schedule, **shape)
+
+    def groups_of(self, num_kv_heads: int, world: int) -> int:
+        """Groups that so many key heads are cut into; one where nothing is gathered.
+
+        Raises:
+            PlanError: `groups` does not divide the heads.
+        """
+        if self.groups is None:
+            return max(n for n in range(1, GROUPS + 1) if num_kv_heads % n == 0) if world > 1 else 1
+        if self.groups < 1 or num_kv_heads % self.groups:
+            divisors = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
+            raise PlanError(
+                f"gather in {self.groups} groups of heads: {num_kv_heads} key heads can be cut into "
+                f"{', '.join(map(str, divisors))}"
+            )
+        return self.groups
+
+
+# More hide more of the messages, and leave less work to each call of the kernel.
+GROUPS = 4
+
+_DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
+
+_STRATEGIES: dict[str, ContextStrategy] = {s.name: s for s in (RelayStrategy(), DirectStrategy(), GatherStrategy())}
+
+
+def strategy_names() -> tuple[str, ...]:
+    """Names that `get_strategy` knows."""
+    return tuple(_STRATEGIES)
+
+
+def get_strategy(name: str) -> ContextStrategy:
+    """The strategy of that name.
+
+    Raises:
+        PlanError: unknown name; names the nearest.
+    """
+    if name not in _STRATEGIES:
+        raise PlanError(f"unknown strategy {name!r}: {did_you_mean(name, ['auto', *_STRATEGIES])}")
+    return _STRATEGIES[name]
+
+
+@lru_cache(maxsize=64)
+def choose_strategy(
+    schedule: RingSchedule,
+    shape: Shape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel: str = "auto",
+    softcap: float = 0.0,
+    in_one_node: bool,
+) -> tuple[ContextStrategy, str]:
+    """The scheme that `estimates` finds fastest for such a call, and why, as a line for a log; remembered.
+
+    The same on every rank of the ring: it looks at all ranks' rows, and for the kernels at those of the first rank.
+
+    Args:
+        device, dtype: of q, k and v.
+        kernel, softcap: as `longctx.functional.attention`.
+
+    Raises:
+        KernelError: no kernel can do the blocks of any scheme.
+    """
+    # Kernels are chosen by the rows of a block too.
+    q = torch.empty(1, 1, 1, shape.head_dim, device=device, dtype=dtype).expand(-1, shape.local_len, -1, -1)
+    hops = hop_shares(schedule.mask, schedule.layout, schedule.world, schedule.seq_len)
+    first = RingSchedule.build(schedule.mask, schedule.layout, 0, schedule.world, schedule.seq_len)
+    rates: dict[str, Rates] = {}
+    refused: list[KernelError] = []
+    for names, plan in ((("direct", "relay"), direct_plan(first)), (("gather",), gather_plan(first))):
+        try:
+            rates |= dict.fromkeys(names, _rates(first, plan.hops, plan.rows, q, kernel, softcap))
+        except KernelError as error:
+            refused.append(error)
+    if not rates:
+        raise refused[0]
+    found: dict[ContextStrategy, Estimate] = {}
+    for groups in range(GROUPS, 0, -1):
+        if shape.num_kv_heads % groups == 0:
+            of_names = estimates(shape, hops, rates, in_one_node=in_one_node, groups=groups)
+            found |= {GatherStrategy(groups) if n == "gather" else _STRATEGIES[n]: e for n, e in of_names.items()}
+    # Among equals what sends less and holds less.
+    ranked = sorted(found, key=lambda s: (found[s].total, ("direct", "gather", "relay").index(s.name)))
+    told = ", ".join(f"{s} {1e3 * found[s].total:.2f} ms ({1e3 * found[s].exposed:.2f} of it waiting)" for s in ranked)
+    where = "one node" if in_one_node else "several nodes"
+    return ranked[0], (
+        f"{ranked[0]} for {shape.local_len:_} tokens a rank, {shape.num_heads}/{shape.num_kv_heads} heads of "
+        f"{shape.head_dim}, {len(hops)} of {schedule.world} hops, {where}; estimated: {told}"
+    )
+
+
+def _rates(first: RingSchedule, table: Tensor, rows: Tensor, q: Tensor, kernel: str, softcap: float) -> Rates:
+    """Of the kernels that would be chosen for these blocks of the first rank."""
+    blocks = []
+    for hop, (_, key_range) in zip(first.hops, cached_hops(table, rows), strict=False):
+        if key_range.kind != "empty":
+            there, back = (select_kernel(kernel, q, key_range, softcap, d).name for d in _DIRECTIONS)
+            blocks.append((there, back, hop.area))
+    return Rates.of(blocks)
+
+
+def resolve_strategy(
+    strategy: str | ContextStrategy,
+    schedule: RingSchedule,
+    shape: Shape,
+    q: Tensor,
+    *,
+    kernel: str = "auto",
+    softcap: float = 0.0,
+    in_one_node: bool,
+) -> ContextStrategy:
+    """The strategy itself, or the one of that name; with "auto" the one of `choose_strategy`, logged once for every kind of call.
+
+    Raises:
+        PlanError: unknown name.
+        KernelError: as `choose_strategy`.
+    """
+    if schedule.world == 1:
+        # Nothing is sent, so there is nothing to choose.
+        return _STRATEGIES["relay"]
+    if isinstance(strategy, ContextStrategy):
+        return strategy
+    if strategy != "auto":
+        return get_strategy(strategy)
+    chosen, why = choose_strategy(
+        schedule, shape, device=q.device, dtype=q.dtype, kernel=kernel, softcap=softcap, in_one_node=in_one_node
+    )
+    _log_choice(str(chosen), type(schedule.mask).__name__, schedule.layout.name, schedule.world, shape, why)
+    return chosen
+
+
+# Which calls were spoken of; beyond so many kinds the oldest may be spoken of again.
+@lru_cache(maxsize=64)
+def _spoken(*kind: object) -> list[bool]:
+    return []
+
+
+def _log_choice(name: str, mask: str, layout: str, world: int, shape: Shape, why: str) -> None:
+    said = _spoken(name, mask, layout, world, shape)
+    if not said:
+        said.append(True)
+        log.info("strategy %s", why)

@@ -1,0 +1,276 @@
+"""Attention over several GPUs as a benchmark sees it: our strategies and other people's, behind one pair of calls."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longctx.errors import DistributedError, PlanError
+from longctx.functional import attention, context_parallel_attention
+from longctx.layout import SequenceMeta
+from longctx.parallel.mesh import ParallelMesh
+from longctx.parallel.plan import ParallelPlan
+from longctx.peers import Case, Unavailable
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class SilentLink:
+    """A link over which nothing is sent: what remains of the time is computation. Results are wrong."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.peers = rank, tuple(range(world))
+
+    def swap(
+        self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor], *, to: int, source: int, room: int
+    ) -> Callable[[], None]:
+        return lambda: None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who measures: this process's place, its device, and the meshes that contenders share."""
+
+    rank: int
+    world: int
+    device: torch.device
+    meshes: dict[ParallelPlan, ParallelMesh]
+
+    def mesh(self, plan: ParallelPlan) -> ParallelMesh:
+        """The mesh of that plan, made once. Collective."""
+        if plan not in self.meshes:
+            self.meshes[plan] = ParallelMesh.create(plan, device=self.device)
+        return self.meshes[plan]
+
+    def silent(self, plan: ParallelPlan) -> ParallelMesh:
+        """The mesh of that plan, with nobody to talk to."""
+        return ParallelMesh(
+            plan.resolve(self.world),
+            self.rank,
+            device=self.device,
+            groups={},
+            link=SilentLink(self.rank, self.world),
+            ring_in_one_node=self.mesh(plan).ring_in_one_node,
+        )
+
+
+class RingContender(ABC):
+    """One way to attend over several ranks: `name` in the results, `title` in tables."""
+
+    name: str
+    title: str
+    is_ours = False
+
+    def meta(self, case: Case, ranks: Ranks) -> SequenceMeta:
+        """Which positions this rank holds; zigzag over all ranks unless overridden."""
+        return SequenceMeta.of(case.seq_len, mask=case.rule, ring_rank=ranks.rank, ring_world=ranks.world)
+
+    @abstractmethod
+    def prepare(self, case: Case, ranks: Ranks) -> contextlib.AbstractContextManager[Attend]:
+        """A context in which the call works: local q, k, v "b s h d" -> out, differentiable. Collective.
+
+        Raises:
+            Unavailable: with the reason; on all ranks.
+        """
+
+    def without_messages(self, case: Case, ranks: Ranks) -> Attend | None:
+        """The same computation with no message sent, where that can be had."""
+        return None
+
+
+class OurStrategy(RingContender):
+    """A strategy of the library over a transport."""
+
+    is_ours = True
+
+    def __init__(self, strategy: str, transport: str) -> None:
+        self.name = f"{strategy}-{transport}"
+        self.title = f"ours: {strategy}, {transport}"
+        self.strategy = strategy
+        self._plan = ParallelPlan(transport=transport)
+
+    def prepare(self, case: Case, ranks: Ranks) -> contextlib.AbstractContextManager[Attend]:
+        try:
+            mesh = ranks.mesh(replace(self._plan, ring=ranks.world))
+        except (DistributedError, PlanError) as error:
+            raise Unavailable(str(error).splitlines()[0]) from error
+        return contextlib.nullcontext(self._attend(case, ranks, mesh))
+
+    def without_messages(self, case: Case, ranks: Ranks) -> Attend:
+        return self._attend(case, ranks, ranks.silent(replace(self._plan, ring=ranks.world)))
+
+    def _attend(self, case: Case, ranks: Ranks, mesh: ParallelMesh) -> Attend:
+        meta = self.meta(case, ranks)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return context_parallel_attention(q, k, v, meta=meta, mesh=mesh, strategy=self.strategy, scale=case.scale)
+
+        return attend
+
+
+class OurUlysses(RingContender):
+    """The library's all-to-all around its kernels."""
+
+    name, title, is_ours = "ulysses", "ours: ulysses", True
+
+    def meta(self, case: Case, ranks: Ranks) -> SequenceMeta:
+        return SequenceMeta.of(case.seq_len, mask=case.rule, ulysses_rank=ranks.rank, ulysses_world=ranks.world)
+
+    def prepare(self, case: Case, ranks: Ranks) -> contextlib.AbstractContextManager[Attend]:
+        plan = ParallelPlan(ulysses=ranks.world)
+        problems = plan.check(num_heads=case.heads, num_kv_heads=case.kv_heads, seq_len=case.seq_len)
+        if problems:
+            raise Unavailable(str(problems[0]))
+        mesh, meta = ranks.mesh(plan), self.meta(case, ranks)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return context_parallel_attention(q, k, v, meta=meta, mesh=mesh, scale=case.scale)
+
+        return contextlib.nullcontext(attend)
+
+
+class PlainUlysses(OurUlysses):
+    """torch's all-to-all around its cuDNN attention (on a CPU its own), as one writes it down."""
+
+    name, title, is_ours = "ulysses-torch", "Ulysses, cuDNN (torch)", False
+
+    def prepare(self, case: Case, ranks: Ranks) -> contextlib.AbstractContextManager[Attend]:
+        if case.mask not in ("causal", "full"):
+            raise Unavailable(f"no {case.mask} mask but as a dense [S, S] bias")
+        if case.heads % ranks.world or case.kv_heads % ranks.world:
+            raise Unavailable(f"{case.heads}/{case.kv_heads} heads over {ranks.world} ranks")
+        from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+        group = ranks.mesh(ParallelPlan(ulysses=ranks.world)).ulysses.group
+        assert group is not None, "there are at least two ranks"
+
+        def exchange(x: torch.Tensor) -> torch.Tensor:
+            return all_to_all_single_autograd(x.contiguous(), None, None, group)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            # b s h d -> u b s h/u d -> b (u s) h/u d
+            parts = [x.unflatten(2, (ranks.world, -1)).movedim(2, 0) for x in (q, k, v)]
+            q, k, v = (exchange(x).movedim(0, 1).flatten(1, 2).transpose(1, 2) for x in parts)
+            with sdpa_kernel(_backend(ranks.device)):
+                out = F.scaled_dot_product_attention(
+                    q, k, v, is_causal=case.mask == "causal", scale=case.scale, enable_gqa=case.kv_heads != case.heads
+                )
+            out = out.transpose(1, 2).unflatten(1, (ranks.world, -1)).movedim(1, 0)
+            return exchange(out).movedim(0, 2).flatten(2, 3)
+
+        return contextlib.nullcontext(attend)
+
+
+class TorchContextParallel(RingContender):
+    """torch.distributed.tensor.experimental.context_parallel around cuDNN, with one of its two ways to move keys."""
+
+    def __init__(self, method: str) -> None:
+        self.name = f"torch-cp-{method}"
+        self.title = f"torch CP {method}, cuDNN"
+        self._method = method
+
+    def prepare(self, case: Case, ranks: Ranks) -> contextlib.AbstractContextManager[Attend]:
+        if ranks.device.type != "cuda":
+            raise Unavailable("its ring knows CUDA's attention kernels only")
+        if case.mask != "causal":
+            raise Unavailable("it knows causal masks only")
+        return self._context(case, ranks)
+
+    @contextlib.contextmanager
+    def _context(self, case: Case, ranks: Ranks) -> Iterator[Attend]:
+        from torch.distributed.tensor.experimental import context_parallel
+        from torch.distributed.tensor.experimental._attention import set_rotate_method
+
+        set_rotate_method(self._method)
+        mesh = _device_mesh(ranks.world)
+        # It asks for buffers of the whole sequence, to cut them as it is used to: head and tail, which is zigzag.
+        whole = torch.zeros(case.seq_len, device=ranks.device)
+        repeats = case.heads // case.kv_heads
+
+        def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            is_gqa = k.shape[1] != q.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=case.scale, enable_gqa=is_gqa)
+            return out.transpose(1, 2)
+
+        def expanded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return grouped(q, *(x.repeat_interleave(repeats, 2) for x in (k, v)))
+
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), context_parallel(mesh, buffers=[whole], buffer_seq_dims=[0]):
+            yield grouped if _can_differentiate(grouped, case, ranks) else expanded
+
+
+@cache
+def _device_mesh(world: int):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cuda", (world,))
+
+
+def _can_differentiate(attend: Attend, case: Case, ranks: Ranks) -> bool:
+    """Whether the call works forward and backward on a short shard with the heads of the case."""
+    shape = (1, 256, case.kv_heads, case.head_dim)
+    k = torch.zeros(shape, device=ranks.device, dtype=torch.bfloat16, requires_grad=True)
+    q = torch.zeros(1, 256, case.heads, case.head_dim, device=ranks.device, dtype=torch.bfloat16, requires_grad=True)
+    try:
+        attend(q, k, k).sum().backward()
+    except RuntimeError:
+        return False
+    return k.grad is not None and k.grad.shape == shape
+
+
+@dataclass(frozen=True)
+class OneGpu:
+    """One device with its share of the heads and the whole sequence: what a GPU reaches if nothing is sent."""
+
+    kernel: str
+
+    @property
+    def title(self) -> str:
+        return f"one GPU: {self.kernel}"
+
+    def attend(self, case: Case, ranks: Ranks) -> tuple[Case, Attend]:
+        """The share of the case, and the call.
+
+        Raises:
+            Unavailable: the heads cannot be shared, or the kernel cannot do it.
+        """
+        if case.kv_heads % ranks.world:
+            raise Unavailable(f"{case.kv_heads} key heads cannot be shared over {ranks.world}")
+        share = replace(case, heads=case.heads // ranks.world, kv_heads=case.kv_heads // ranks.world)
+        if self.kernel == "ours":
+            return share, lambda q, k, v: attention(q, k, v, mask=case.rule, scale=case.scale)
+        if case.mask not in ("causal", "full"):
+            raise Unavailable(f"no {case.mask} mask but as a dense [S, S] bias")
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            with sdpa_kernel(_backend(ranks.device)):
+                return F.scaled_dot_product_attention(
+                    q, k, v, is_causal=case.mask == "causal", scale=case.scale, enable_gqa=case.kv_heads != case.heads
+                ).transpose(1, 2)
+
+        return share, attend
+
+
+def _backend(device: torch.device) -> SDPBackend:
+    return SDPBackend.CUDNN_ATTENTION if device.type == "cuda" else SDPBackend.MATH
+
+
+def ring_contenders(transports: Sequence[str]) -> list[RingContender]:
+    """Peers first, then ours: every strategy over every transport, what "auto" takes, and Ulysses."""
+    return [
+        TorchContextParallel("alltoall"),
+        TorchContextParallel("allgather"),
+        PlainUlysses(),
+        OurUlysses(),
+        *(OurStrategy(s, t) for t in transports for s in ("relay", "direct", "gather")),
+        OurStrategy("auto", "auto"),
+    ]

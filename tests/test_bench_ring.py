@@ -1,0 +1,133 @@
+"""`longctx bench ring` on tiny sizes: every contender is checked before it is timed, and leaves a time or a reason."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from longctx import bench, bench_ring
+from longctx.peers import Case, Unavailable
+from longctx.peers_ring import Ranks, RingContender, ring_contenders
+from longctx.results import read
+from longctx.testing import run_distributed
+
+NAMES = [c.name for c in ring_contenders(["auto"])]
+
+
+def test_smoke(tmp_path):
+    """As a user calls it: processes of its own, a file and a picture."""
+    csv, png = tmp_path / "x.csv", tmp_path / "x.png"
+    assert bench.main(["ring", "--smoke", "--csv", str(csv), "--plot", str(png)]) == 0
+    rows = read(csv)
+    ours = {name for name in NAMES if "torch" not in name}
+    assert {r.name.removeprefix("ring/") for r in rows} == ours | {
+        "ulysses-torch",
+        "one GPU: ours",
+        "one GPU: cuDNN (torch)",
+    }
+    assert {r.config for r in rows} == {f"{c.label}, 2 ranks" for c in bench_ring.SMOKE_CASES}
+    assert all(r.value > 0 for r in rows if r.unit == "TFLOP/s")
+    silent = {r.name for r in rows if r.metric == "forward+backward exposed"}
+    assert silent == {f"ring/{name}" for name in ours - {"ulysses"}}
+    assert png.read_bytes()[:4] == b"\x89PNG"
+
+
+class Wrong(RingContender):
+    name, title, is_ours = "wrong", "wrong", True
+
+    def __init__(self, spoil):
+        self.spoil = spoil
+
+    def prepare(self, case, ranks):
+        ours = next(c for c in ring_contenders(["auto"]) if c.name == "direct-auto")
+        return contextlib.nullcontext(lambda q, k, v: self.spoil(ours.prepare(case, ranks).__enter__()(q, k, v)))
+
+
+class Refusing(Wrong):
+    name = "refusing"
+
+    def prepare(self, case, ranks):
+        raise Unavailable("not today")
+
+
+def twins(rank: int) -> dict[str, object]:
+    ranks = Ranks(rank, 2, torch.device("cpu"), {})
+    case = bench_ring.SMOKE_CASES[0]
+    found = {}
+    # The second is wrong on one rank only, the third in its gradients only.
+    spoils = {
+        "right": lambda out: out,
+        "one rank": lambda out: out + rank,
+        "gradients": lambda out: out + (out * 0.1 - (out * 0.1).detach()),
+    }
+    for name, spoil in spoils.items():
+        result = bench_ring.measure(case, [Wrong(spoil), Refusing(spoil)], ranks, torch.float32)
+        found[name] = (result.wrong, result.refused.get("wrong", ""), result.refused["refusing"], "wrong" in result.ms)
+    return found
+
+
+def test_wrong_results_have_no_time():
+    for found in run_distributed(twins, world=2):
+        assert found["right"] == ([], "", "not today", True)
+        for name in ("one rank", "gradients"):
+            wrong, why, _, has_time = found[name]
+            assert wrong == ["wrong"]
+            assert why.startswith("WRONG RESULT: relative error ")
+            assert not has_time
+
+
+def test_shares_and_rates():
+    case = Case(batch=1, seq_len=1024, heads=4, kv_heads=2, head_dim=64)
+    result = bench_ring.RingResult(case)
+    result.ms = {
+        "one GPU: ours": {"forward": 2.0, "forward+backward": 8.0},
+        "one GPU: cuDNN (torch)": {"forward": 3.0, "forward+backward": 7.0},
+        "direct-nccl": {"forward": 4.0, "forward+backward": 10.0},
+    }
+    result.silent_ms["direct-nccl"] = {"forward": 3.5, "forward+backward": 9.0}
+    assert [result.best_alone(m) for m in bench_ring.METRICS] == [2.0, 7.0]
+    assert result.tflops("direct-nccl", "forward", 2) == pytest.approx(case.forward_flops / 2 / 4e-3 / 1e12)
+    assert result.tflops("direct-nccl", "forward+backward", 2) == pytest.approx(
+        3.5 * case.forward_flops / 2 / 1e-2 / 1e12
+    )
+    assert result.exposed("direct-nccl", "forward+backward") == 1.0
+    assert result.exposed("one GPU: ours", "forward") is None
+    said = bench_ring.table([result], ring_contenders(["nccl"]), 2)
+    assert said.startswith(f"{case.label}\n")
+    assert "0.500" in said
+    assert "0.700" in said
+    assert "+0.50 ms (+12.5%) / +1.00 ms (+10.0%)" in said
+
+
+def test_the_default_table_is_the_projects():
+    assert [c.label for c in bench_ring.DEFAULT_CASES] == [
+        "1 x 16k, 32/8 heads of 128, causal",
+        "1 x 32k, 32/8 heads of 128, causal",
+        "1 x 64k, 32/8 heads of 128, causal",
+        "1 x 128k, 32/8 heads of 128, causal",
+        "1 x 64k, 32/32 heads of 128, causal",
+        "1 x 128k, 32/8 heads of 128, docs",
+        "1 x 256k, 32/8 heads of 128, window 4k",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--smoke", "--only", "dirct-auto"], "ConfigError: --only dirct-auto: did you mean 'direct-auto'?"),
+        (["--smoke", "--heads", "4", "--kv-heads", "3"], "--heads 4 is not a multiple of --kv-heads 3"),
+        (["--smoke", "--nproc", "1"], "a ring has at least two GPUs"),
+    ],
+    ids=["only", "heads", "one"],
+)
+def test_bad_options_are_refused(capsys, words, message):
+    assert bench.main(["ring", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without GPUs")
+def test_without_gpus_it_refuses(capsys):
+    assert bench.main(["ring"]) == 2
+    assert "`longctx bench ring --smoke` runs tiny sizes on the CPU" in capsys.readouterr().err
