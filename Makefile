@@ -1,5 +1,6 @@
 # make train      make the environment and train configs/debug_cpu.toml on two processes of this machine
 # make test       make the environment; lint, format check, type check, tests
+# make test-all   the same, with the whole of each matrix that `make test` runs a sample of: hours on two cores
 # make test-gpu   the tests marked gpu, with the Python that is there (no environment is made)
 # make clean      remove the environment, caches and runs
 #
@@ -18,7 +19,7 @@ NEWEST := .cache/triton-$(TRITON_NEWEST)
 # One thread a process: the tests and the training example start several.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-gpu clean
+.PHONY: train test test-all test-gpu clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml .constraints.txt
@@ -37,11 +38,13 @@ $(NEWEST): | $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$(TRITON_NEWEST) && mv $@.part $@ || \
 	  { rm -rf $@.part; echo "triton $(TRITON_NEWEST) could not be installed: kernels are not compiled with it" >&2; test -z "$$CI"; }
 
-test: $(STAMP) $(NEWEST)
+test: CHOSEN := not slow
+test-all: CHOSEN := slow or not slow
+test test-all: $(STAMP) $(NEWEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "$(CHOSEN)"
 
 # Without a network and without the package installed: the current directory is on the path.
 test-gpu:

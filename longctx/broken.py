@@ -1,4 +1,4 @@
-"""Well-known mistakes of sequence-parallel training, made on purpose: what `longctx check` must catch."""
+"""Well-known mistakes of parallel training, made on purpose: what `longctx check` must catch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from longctx import engine, functional
 from longctx.data import NO_TARGET, ShardedBatch
 from longctx.errors import ConfigError, Problem, did_you_mean
+from longctx.parallel import tensor
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.schedule import RingSchedule
@@ -24,7 +25,7 @@ class Twin:
 
     Args:
         what: what is wrong with it.
-        needs: the degree of the plan without which it changes nothing: "world_size", "sp" or "ring".
+        needs: the degree of the plan without which it changes nothing: "grad_world", "sp", "ring" or "tp".
     """
 
     what: str
@@ -32,11 +33,12 @@ class Twin:
 
 
 TWINS = {
-    "scale": Twin("the loss is the mean over each process's own targets, not over the step's", needs="world_size"),
+    "scale": Twin("the loss is the mean over each process's own targets, not over the step's", needs="grad_world"),
     "sp": Twin("the loss is divided by the number of processes that share a sequence, once too often"),
     "positions": Twin("RoPE turns by positions within the shard, not in the whole sequence"),
     "labels": Twin("labels are shifted after the sequence was cut, so that shards' last ones are wrong"),
     "hop": Twin("the last hop of the ring is left out, forward and backward", needs="ring"),
+    "tensor": Twin("each tp rank keeps the gradient that its own heads and features give, unsummed", needs="tp"),
 }
 
 
@@ -64,9 +66,10 @@ def twin_problem(name: str, plan: ParallelPlan) -> Problem | None:
     needs = TWINS[name].needs
     if getattr(plan, needs) == 1:
         hints = {
-            "world_size": "use --nproc 2 or more",
+            "grad_world": "use --nproc 2 or more, with pp 1 and tp 1",
             "sp": "share sequences, such as by --parallel.ring=2",
             "ring": "use a ring, such as --parallel.ring=2",
+            "tp": "share matrices, such as by --parallel.tp=2",
         }
         return Problem(f"--broken {name} changes nothing in this plan ({plan}): {TWINS[name].what}", hints[needs])
     return None
@@ -104,6 +107,16 @@ def broken(name: str, mesh: ParallelMesh, batches: list[ShardedBatch]) -> Iterat
 
             with _replaced(functional, "_schedule", one_less):
                 yield batches
+        case "tensor":
+
+            def mine(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+                return grad.chunk(mesh.tp.size, 1)[mesh.tp.rank], None
+
+            with (
+                _replaced(tensor._Enter, "backward", staticmethod(lambda ctx, grad: (grad, None))),
+                _replaced(tensor._Gather, "backward", staticmethod(mine)),
+            ):
+                yield batches
         case _:
             raise AssertionError(f"no twin {name!r}")
 
@@ -118,8 +131,9 @@ def _shifted(batch: ShardedBatch) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
+def _replaced(module: ModuleType | type, name: str, value: Any) -> Iterator[None]:
+    # What stands there, and not what a class would make of it: a static method stays one.
+    before = vars(module)[name]
     setattr(module, name, value)
     try:
         yield

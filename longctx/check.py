@@ -20,7 +20,6 @@ from longctx.config import Config, load_config
 from longctx.engine import EngineConfig
 from longctx.errors import ConfigError, DistributedError, Problem, did_you_mean, format_problems
 from longctx.kernels import get_kernel
-from longctx.layout import shard_multiple
 from longctx.model import ModelConfig
 from longctx.parallel.plan import ParallelPlan
 from longctx.parity import DTYPES, ParityCase, compare_on_rank
@@ -104,7 +103,7 @@ def prepare(argv: Sequence[str] | None = None) -> Prepared:
         raise ConfigError(format_problems("this configuration", problems))
     plan = config.parallel.resolve(known.nproc)
     model, seq_len, cuts = cut_model(config, plan, device)
-    engine, engine_cuts = cut_engine(config.engine, device)
+    engine, engine_cuts = cut_engine(config.engine, plan, device)
     filled = " (dp: what the other degrees leave)" if config.parallel.dp is None and known.nproc > 1 else ""
     case = ParityCase(
         model=model,
@@ -195,7 +194,11 @@ def _problems(config: Config, nproc: int, device: str) -> list[Problem]:
         num_heads=config.model.num_heads if has_heads else 1,
         num_kv_heads=config.model.kv_heads if has_heads else 1,
         seq_len=config.data.seq_len,
+        num_layers=config.model.num_layers if has_heads else None,
+        mlp_size=config.model.mlp_size if has_heads else None,
+        vocab_size=config.model.vocab_size if has_heads else None,
     )
+    found += config.engine.plan_problems(config.parallel)
     if not found:
         config.parallel.resolve(nproc)
     return found
@@ -204,22 +207,25 @@ def _problems(config: Config, nproc: int, device: str) -> list[Problem]:
 def cut_model(config: Config, plan: ParallelPlan, device: str) -> tuple[ModelConfig, int, list[str]]:
     """A model and a sequence small enough for float64; the model, the length, and what was cut to what with the reason."""
     model, seq_len = config.model, config.data.seq_len
-    multiple = shard_multiple(plan.sequence_layout, plan.ring, plan.ulysses)
+    multiple = plan.seq_multiple
     shortest = -(-SHARD[device] * plan.sp // multiple) * multiple
     # As much padding as the whole sequence has.
     short = min(seq_len, shortest - -seq_len % multiple)
-    # Ulysses divides the heads that there are.
-    kv_heads = min(model.kv_heads, KV_HEADS) if plan.ulysses == 1 else model.kv_heads
+    # Ulysses and tp divide the heads that there are, tp the features and the vocabulary, pp the layers.
+    kv_heads = min(model.kv_heads, KV_HEADS) if plan.ulysses == plan.tp == 1 else model.kv_heads
+    intermediate, vocab = (-(-size // plan.tp) * plan.tp for size in (INTERMEDIATE, VOCAB))
+    # One more than stages, so that these are uneven.
+    layers = LAYERS if plan.pp == 1 else plan.num_stages + 1
     window = model.sliding_window
     if window is not None and short < seq_len:
         # As long beside the sequence as it was.
         window = max(min(window, WINDOW), round(window * short / seq_len))
     cut = replace(
         model,
-        num_layers=min(model.num_layers, LAYERS),
+        num_layers=min(model.num_layers, layers),
         hidden_size=min(model.hidden_size, HIDDEN),
-        intermediate_size=min(model.mlp_size, INTERMEDIATE),
-        vocab_size=min(model.vocab_size, VOCAB),
+        intermediate_size=min(model.mlp_size, intermediate),
+        vocab_size=min(model.vocab_size, vocab),
         num_kv_heads=kv_heads,
         num_heads=model.num_heads // model.kv_heads * kv_heads,
         head_dim=model.head_size,
@@ -251,15 +257,16 @@ def cut_model(config: Config, plan: ParallelPlan, device: str) -> tuple[ModelCon
     return cut, short, lines
 
 
-def cut_engine(engine: EngineConfig, device: str) -> tuple[EngineConfig, list[str]]:
+def cut_engine(engine: EngineConfig, plan: ParallelPlan, device: str) -> tuple[EngineConfig, list[str]]:
     """The engine's settings for a small model on `device`, and what was changed to what with the reason."""
     cut, lines = engine, []
     if engine.micro_batch_size > ROWS:
         cut = replace(cut, micro_batch_size=ROWS)
         lines.append(f"micro-batch {engine.micro_batch_size} -> {ROWS}: more sequences show no more")
-    if engine.accumulation_steps > ACCUMULATION:
-        cut = replace(cut, accumulation_steps=ACCUMULATION)
-        lines.append(f"accumulation {engine.accumulation_steps} -> {ACCUMULATION}: more micro-batches show no more")
+    enough = max(ACCUMULATION, plan.num_stages if plan.schedule == "dualpipev" else 0)
+    if engine.accumulation_steps > enough:
+        cut = replace(cut, accumulation_steps=enough)
+        lines.append(f"accumulation {engine.accumulation_steps} -> {enough}: more micro-batches show no more")
     if engine.zero_stage == 3 and engine.zero3_keep_elements:
         cut = replace(cut, zero3_keep_elements=0)
         lines.append(

@@ -1,19 +1,24 @@
-"""The files of a checkpoint: written with checksums and errors kept, read without running what is in them."""
+"""The files of a checkpoint: safetensors and JSON, written with checksums. Nothing in them can run code."""
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import random
+import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+# Elements that are copied from a device, summed up and written at a time: 64 MiB.
+_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -26,110 +31,60 @@ class WrittenFile:
 
 
 class Files:
-    """What DeepSpeed writes and reads through, in place of its own checkpoint engine.
+    """What one process writes of a checkpoint, with checksums. Each file is on the disk when its call returns.
 
-    Writing never raises: DeepSpeed would leave the other processes waiting at its barrier. The first error is kept, nothing
-    more is written, and `finish` raises it when all processes are past DeepSpeed. Each file is on the disk when its call
-    returns.
+    Attributes:
+        written: the files so far.
     """
 
     def __init__(self) -> None:
-        self._written: list[WrittenFile] = []
-        self._error: OSError | None = None
-
-    def save(self, state_dict: Any, path: str | Path) -> None:
-        self._write(Path(path), lambda stream: torch.save(state_dict, stream))
+        self.written: list[WrittenFile] = []
 
     def save_json(self, value: Any, path: Path) -> None:
-        text = json.dumps(value, indent=1, allow_nan=False)
-        self._write(path, lambda stream: stream.write(text.encode()))
+        """A JSON file.
 
-    def load(self, path: str | Path, map_location: Any = None, *, mmap: bool = False) -> Any:
-        """What `save` wrote: tensors, plain containers and the classes of `_deepspeed_classes`.
+        Raises:
+            OSError: it could not be written.
+        """
+        self._write(path, [json.dumps(value, indent=1, allow_nan=False).encode()])
+
+    def save_tensors(self, tensors: Mapping[str, torch.Tensor], path: Path, *, metadata: Mapping[str, str]) -> None:
+        """A safetensors file, tensor by tensor: a device's memory is copied in blocks, never as a whole.
 
         Args:
-            mmap: tensors stay in the file until they are read; `map_location` must be the CPU.
+            tensors: contiguous, of any device, in fp32.
+            metadata: goes into the file's header.
 
         Raises:
-            pickle.UnpicklingError: there is something else in it.
+            OSError: it could not be written.
         """
-        with torch.serialization.safe_globals(_deepspeed_classes()):
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        end = 0
+        for name, tensor in tensors.items():
+            assert tensor.dtype == torch.float32, f"{name} is {tensor.dtype}"
+            assert tensor.is_contiguous(), f"{name} has strides {tensor.stride()}"
+            begin, end = end, end + 4 * tensor.numel()
+            header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._write(path, itertools.chain([struct.pack("<Q", len(text)), text], _blocks(tensors.values())))
 
-    def finish(self) -> list[WrittenFile]:
-        """What was written.
-
-        Raises:
-            OSError: the first error.
-        """
-        if self._error is not None:
-            raise self._error
-        return self._written
-
-    def _write(self, path: Path, fill: Callable[[Any], Any]) -> None:
-        if self._error is not None:
-            return
-        try:
-            with open(path, "wb") as raw:
-                stream = _Checksummed(raw)
-                fill(stream)
-                if stream.error is not None:
-                    raise stream.error
-                raw.flush()
-                os.fsync(raw.fileno())
-        except OSError as error:
-            self._error = error
-        else:
-            self._written.append(WrittenFile(path.name, stream.bytes, stream.crc32))
-
-    # The rest of what DeepSpeed asks of a checkpoint engine.
-    def create(self, info: Any) -> None:
-        """Nothing is to be opened."""
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """The folders are there already."""
-
-    def is_decoupled(self) -> bool:
-        return False
+    def _write(self, path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+        size = crc32 = 0
+        with open(path, "wb") as stream:
+            for block in blocks:
+                stream.write(block)
+                size += len(block)
+                crc32 = zlib.crc32(block, crc32)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.written.append(WrittenFile(path.name, size, crc32))
 
 
-class _Checksummed:
-    """A binary stream that counts and sums up what passes.
-
-    It keeps an error and swallows the data that follow: torch's writer calls it from C++ and cannot end in order after an
-    exception.
-    """
-
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
-        self.bytes = self.crc32 = 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if self.error is None:
-            try:
-                self._raw.write(view)
-            except OSError as error:
-                self.error = error
-        self.bytes += len(view)
-        self.crc32 = zlib.crc32(view, self.crc32)
-        return len(view)
-
-    def flush(self) -> None:
-        """The file is flushed once, at its end."""
-
-
-def _deepspeed_classes() -> list[Any]:
-    """The classes, beside torch's, of the objects in DeepSpeed's files: plain records all of them."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, ZeroStageEnum, fragment_address]
+def _blocks(tensors: Iterable[torch.Tensor]) -> Iterator[memoryview]:
+    for tensor in tensors:
+        for block in tensor.detach().flatten().split(_BLOCK):
+            yield memoryview(block.cpu().numpy()).cast("B")
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -146,8 +101,12 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Set the generators to what `rng_state` returned. A GPU's is left alone where the state is of a CPU run."""
+def set_rng_state(state: dict[str, Any], device: torch.device, *, branch: int = 0) -> None:
+    """Set the generators to what `rng_state` returned. A GPU's is left alone where the state is of a CPU run.
+
+    Args:
+        branch: 0: go on as there. Another number: generators of their own, which follow from the state and the number.
+    """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, place, has_gauss, cached = state["numpy"]
@@ -155,6 +114,10 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(_decoded(state["torch"]))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(_decoded(state["cuda"]), device)
+    if branch:
+        random.seed(f"{random.getrandbits(64)} {branch}")
+        np.random.seed(random.getrandbits(32))
+        torch.manual_seed(random.getrandbits(63))
 
 
 def _encoded(state: torch.Tensor) -> str:

@@ -20,9 +20,9 @@ from longctx.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-_KEYS = ("format", "serial", "state", "model", "sharing", "plan", "versions", "files")
+_KEYS = ("format", "serial", "state", "optimizer_steps", "model", "plan", "engine", "arrangement", "versions", "files")
 _BLOCK = 1 << 24
 
 
@@ -128,9 +128,7 @@ def complete(manifest: dict[str, Any], written: list[WrittenFile], temporary: Pa
         "serial": 1 + max(serials, default=0),
         "files": [asdict(file) for file in written],
     }
-    files = Files()
-    files.save_json(manifest, temporary / MANIFEST)
-    files.finish()
+    Files().save_json(manifest, temporary / MANIFEST)
     _sync(temporary)
     if not final.exists():
         temporary.rename(final)

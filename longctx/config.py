@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import ConfigError, DataError, LongCtxError, PlanError, Problem, did_you_mean, format_problems
+from longctx.parallel.nodes import node_problems
 from longctx.settings import (
     alternatives,
     checked,
@@ -75,8 +76,11 @@ class Config:
     train: TrainConfig = field(default_factory=lambda: _section_class("train")())
     log: LogConfig = field(default_factory=lambda: _section_class("log")())
 
-    def check(self, world_size: int) -> list[Problem]:
+    def check(self, world_size: int, node_size: int | None = None) -> list[Problem]:
         """Everything that keeps this run from starting on `world_size` processes; empty if nothing does.
+
+        Args:
+            node_size: how many of them are on each machine; None: not known.
 
         Looks at the numbers, at the text's and the tokenizer's files, and at whether there is a GPU; tokenises nothing and
         touches no GPU.
@@ -91,12 +95,18 @@ class Config:
             num_heads=self.model.num_heads if has_heads else 1,
             num_kv_heads=self.model.kv_heads if has_heads else 1,
             seq_len=self.data.seq_len,
+            num_layers=self.model.num_layers if has_heads else None,
+            mlp_size=self.model.mlp_size if has_heads else None,
+            vocab_size=self.model.vocab_size if has_heads else None,
         )
+        found += self.engine.plan_problems(self.parallel)
         if not self.parallel.problems():
             try:
                 self.parallel.resolve(world_size)
             except PlanError as error:
                 found += _problems_of(error)
+            if node_size is not None:
+                found += node_problems(self.parallel, node_size=node_size, world_size=world_size)
         return found + self._vocab_problems()
 
     def _vocab_problems(self) -> list[Problem]:

@@ -156,6 +156,7 @@ class ShardedLoader:
         dp_rank, dp_world: place among the data-parallel ranks.
         layout, ring_rank, ring_world, ulysses_rank, ulysses_world: which tokens of a sequence are this rank's. A layout that
             fits masks is fitted to those of each micro-batch.
+        local_multiple: what this rank's tokens are padded to a multiple of.
         sliding_window: the model's, which such a layout takes into account.
         seed, shuffle: the order of the samples.
         mask_documents: see `DataConfig`.
@@ -181,6 +182,7 @@ class ShardedLoader:
         ring_world: int = 1,
         ulysses_rank: int = 0,
         ulysses_world: int = 1,
+        local_multiple: int = 1,
         sliding_window: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
@@ -213,6 +215,7 @@ class ShardedLoader:
             ring_world=ring_world,
             ulysses_rank=ulysses_rank,
             ulysses_world=ulysses_world,
+            local_multiple=local_multiple,
         )
         # Refuses ranks that are none.
         self._meta_of()

@@ -1,13 +1,15 @@
 """What DeepSpeed is told, and what must be arranged before it is used.
 
 DeepSpeed's data-parallel world is every process that holds a piece of the step's tokens, dp x sp of them, and it hears
-nothing of the sequence axis. Gradient averaging, ZeRO partitions, the gradient norm and overflow checks are then right in
+nothing of the sequence axis; its model-parallel world is tp, and the stages of a pipeline where there is one. Gradient averaging, ZeRO partitions, the gradient norm and overflow checks are then right in
 every ZeRO stage; every other way of telling it about sequences is wrong in some stage. It keeps that world in a module
 global, so a process can hold engines over one set of processes only.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from longctx.errors import DistributedError
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from longctx.engine import EngineConfig
     from longctx.optim import OptimConfig
     from longctx.parallel.mesh import ParallelMesh
+
+log = logging.getLogger(__name__)
 
 # Elements per communication bucket of ZeRO: 200 MB in fp32. DeepSpeed's default, 5e8, holds 2 GB beside the model.
 BUCKET_ELEMENTS = 50_000_000
@@ -47,7 +52,21 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, *, dtype: str, gr
         "wall_clock_breakdown": False,
         # It waits for the device before and after every micro-batch.
         "timers": {"throughput": {"enabled": False}},
+        # Activation checkpointing is the model's own, which keeps attention. Activations go whole from stage to stage.
+        "pipeline": {
+            "use_reentrant": False,
+            "activation_checkpoint_interval": 0,
+            "pipe_partitioned": False,
+            "grad_partitioned": False,
+        },
     }
+    if engine.offload != "none":
+        zero = config["zero_optimization"]
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        # Our AdamW, and not DeepSpeed's, which a C++ compiler would make at the start.
+        config["zero_force_ds_cpu_optimizer"] = False
+        if engine.offload == "all":
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     if dtype == "bf16":
         # A step whose gradient is not finite is left out instead of applied, as the fp32 optimizers do anyway.
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
@@ -56,21 +75,24 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, *, dtype: str, gr
 
 
 class FoldedWorld:
-    """The `mpu` that DeepSpeed asks for its groups: data parallel over dp x sp, no model parallelism.
+    """The `mpu` that DeepSpeed asks for its groups: data parallel over dp x sp, model parallel over tp.
 
     It must have no method about sequences: with one, ZeRO-3 partitions over dp only and leaves sp unreduced.
     """
 
     def __init__(self, mesh: ParallelMesh) -> None:
         self.rank, self.ranks = mesh.grad.rank, tuple(mesh.grad.ranks)
+        self.tp_rank, self.tp_ranks = mesh.tp.rank, tuple(mesh.tp.ranks)
         if mesh.world_size == 1:
-            self._group = self._alone = dist.group.WORLD
+            self._group = self._tp_group = self._alone = dist.group.WORLD
             return
-        self._group = mesh.grad.group
-        # DeepSpeed sums norms over the model-parallel group, and None would mean the whole world to it.
+        # To DeepSpeed None would mean the whole world.
         # Every rank makes all groups, in one order: NCCL may split them off the world's communicator, which is collective.
         alone = [dist.new_group([rank]) for rank in range(mesh.world_size)]
         self._alone = alone[mesh.rank]
+        self._group = mesh.grad.group or self._alone
+        # DeepSpeed sums norms over it.
+        self._tp_group = mesh.tp.group or self._alone
 
     def get_data_parallel_rank(self) -> int:
         return self.rank
@@ -85,18 +107,20 @@ class FoldedWorld:
         return self.ranks
 
     def get_model_parallel_rank(self) -> int:
-        return 0
+        return self.tp_rank
 
     def get_model_parallel_world_size(self) -> int:
-        return 1
+        return len(self.tp_ranks)
 
     def get_model_parallel_group(self) -> Any:
-        return self._alone
+        return self._tp_group
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_group = get_model_parallel_group
-    get_pipeline_model_parallel_world_size = get_model_parallel_world_size
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -124,6 +148,26 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def partition(deepspeed: Any, part: nn.Module, settings: dict[str, Any], world: FoldedWorld) -> None:
+    """Give each process its share of the parameters of a part of the model, as ZeRO-3 does when an engine is made.
+
+    Args:
+        part: on the CPU, the same on every process of `world`.
+        settings: `deepspeed_config`.
+    """
+    # DeepSpeed casts a model in its engine, but not one that is partitioned already.
+    part.to(torch.bfloat16 if "bf16" in settings else torch.float32)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+        deepspeed.zero.Init(
+            module=part,
+            data_parallel_group=world.get_data_parallel_group(),
+            config_dict_or_path=settings,
+            mpu=world,
+        )
+    log.debug("deepspeed.zero.Init: %s", printed.getvalue())
+
+
 def check_one_world(deepspeed: Any, mesh: ParallelMesh) -> None:
     """Refuse a second set of processes in this process: engines over the first would silently reduce over the second.
 
@@ -131,9 +175,15 @@ def check_one_world(deepspeed: Any, mesh: ParallelMesh) -> None:
         DistributedError: an earlier engine spans other ranks.
     """
     earlier = deepspeed.utils.groups.mpu
-    ranks = tuple(mesh.grad.ranks)
-    if isinstance(earlier, FoldedWorld) and earlier.ranks != ranks:
+    if earlier is None:
+        return
+    # The grid of a pipeline answers the same questions as a FoldedWorld.
+    before = (earlier.get_pipeline_model_parallel_world_size(), earlier.get_tensor_model_parallel_world_size())
+    ranks, now = list(mesh.grad.ranks), (mesh.pp.size, mesh.tp.size)
+    earlier_ranks = list(earlier.get_data_parallel_group_ranks())
+    if (earlier_ranks, before) != (ranks, now):
         raise DistributedError(
-            f"{mesh.prefix} an earlier engine of this process spans the ranks {list(earlier.ranks)}, this one "
-            f"{list(ranks)}\n       DeepSpeed keeps one set per process: start a new process for another plan"
+            f"{mesh.prefix} an earlier engine of this process spans the ranks {earlier_ranks} with pp {before[0]} and tp "
+            f"{before[1]}, this one {ranks} with pp {now[0]} and tp {now[1]}\n"
+            "       DeepSpeed keeps one set per process: start a new process for another plan"
         )

@@ -12,24 +12,18 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from longctx.deepspeed_setup import FoldedWorld, check_one_world, deepspeed_config, import_deepspeed
-from longctx.errors import (
-    ConfigError,
-    DataError,
-    DistributedError,
-    NonFiniteError,
-    Problem,
-    did_you_mean,
-    format_problems,
-)
-from longctx.kernels import kernel_names
+from longctx.deepspeed_setup import FoldedWorld, check_one_world, deepspeed_config, import_deepspeed, partition
+from longctx.engine_config import EngineConfig
+from longctx.errors import ConfigError, DataError, DistributedError, NonFiniteError, format_problems
 from longctx.optim import OptimConfig, lr_at, parameter_groups
+from longctx.parallel.slices import parameter_slices
+from longctx.parallel.tensor import gather_slices, split_by_cut
 from longctx.telemetry import StepTelemetry, tells
 
 if TYPE_CHECKING:
@@ -40,72 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How a step is computed.
-
-    Args:
-        zero_stage: what DeepSpeed spreads over the dp x sp processes: 0 nothing, 1 the optimizer's state, 2 and gradients,
-            3 and parameters.
-        dtype: of parameters and activations; the optimizer always works on fp32. "auto": bf16 on CUDA, fp32 elsewhere.
-        micro_batch_size: sequences of one forward pass.
-        accumulation_steps: forward and backward passes of one optimizer step.
-        activation_checkpointing: recompute activations in backward; attention's result is kept.
-        kernel: attention kernel; "auto" takes the fastest that can do the work.
-        fused: fused norms, RoPE, SwiGLU and loss: "auto" where they are installed and there is a GPU, "on", "off".
-        zero3_keep_elements: with ZeRO-3, parameters of fewer elements stay whole on every process.
-    """
-
-    zero_stage: int = 1
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    micro_batch_size: int = 1
-    accumulation_steps: int = 1
-    activation_checkpointing: bool = False
-    kernel: str = "auto"
-    fused: Literal["auto", "on", "off"] = "auto"
-    zero3_keep_elements: int = 100_000
-
-    def resolved_dtype(self, device_type: str) -> str:
-        """ "fp32" or "bf16"."""
-        return ("bf16" if device_type == "cuda" else "fp32") if self.dtype == "auto" else self.dtype
-
-    def problems(self, device_type: str | None = None) -> list[Problem]:
-        """What is wrong with these settings on that type of device; None: CUDA where there is one, else the CPU."""
-        found = []
-        for name, allowed in (
-            ("zero_stage", (0, 1, 2, 3)),
-            ("dtype", ("auto", "fp32", "bf16")),
-            ("fused", ("auto", "on", "off")),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                found.append(
-                    Problem(f"engine.{name} = {value!r} is not known", f"one of {', '.join(map(str, allowed))}")
-                )
-        for name, least in (("micro_batch_size", 1), ("accumulation_steps", 1), ("zero3_keep_elements", 0)):
-            value = getattr(self, name)
-            if value < least:
-                found.append(Problem(f"engine.{name} = {value}: it must be {least} or more"))
-        if self.kernel != "auto" and self.kernel not in kernel_names():
-            found.append(
-                Problem(
-                    f"engine.kernel = {self.kernel!r} is unknown", did_you_mean(self.kernel, ["auto", *kernel_names()])
-                )
-            )
-        if device_type is None:
-            device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.zero_stage == 0 and self.resolved_dtype(device_type) == "bf16":
-            # DeepSpeed 0.19's bf16 optimizer for stage 0 takes a step on zero gradients when it is made.
-            chosen = "" if self.dtype == "bf16" else f" (what {self.dtype!r} means on {device_type})"
-            found.append(
-                Problem(
-                    f"engine.dtype bf16{chosen} with engine.zero_stage 0: DeepSpeed takes a phantom optimizer step there",
-                    "engine.zero_stage 1 does the same arithmetic rightly, also on one process; or engine.dtype fp32",
-                )
-            )
-        return found
-
-
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step was.
@@ -114,7 +42,8 @@ class StepResult:
         loss: mean nats per target token over the whole step, all processes and micro-batches.
         grad_norm: of the whole gradient, before clipping.
         lr: the learning rate that was used.
-        telemetry: of its attention; None unless the mesh's journal is measuring.
+        telemetry: of its attention; None unless the mesh's journal is measuring. Over all stages of a pipeline, so that its
+            imbalance is also that of the stages; of tp ranks, which share heads evenly, over those with this one's place.
     """
 
     loss: float
@@ -143,13 +72,15 @@ class TrainEngine:
     """A model under DeepSpeed, trained step by step.
 
     Every process makes it with the same weights (process 0's are broadcast) and calls each method together with all
-    others. With ZeRO-3 the parameters are partitioned here, so each process holds the whole model once, at the start.
+    others. With ZeRO-3 the parameters are partitioned here, unless they came so: `build_engine` partitions each layer as soon as
+    it is made.
 
     Args:
         model: `model(batch)` gives the sum of the shard's token losses, an fp32 scalar.
         mesh: of this process; `torch.distributed` must be initialised, also for one process.
         engine_config, optim_config: the settings.
         total_steps: where the learning rate's cosine ends.
+        world: what DeepSpeed has been told of the processes, where a part of the model was given to it before.
 
     Raises:
         ConfigError: the settings have problems.
@@ -164,6 +95,7 @@ class TrainEngine:
         optim_config: OptimConfig,
         *,
         total_steps: int,
+        world: FoldedWorld | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise DistributedError(
@@ -173,13 +105,14 @@ class TrainEngine:
         self.mesh, self.config, self.optim, self.total_steps = mesh, engine_config, optim_config, total_steps
         self.dtype = engine_config.resolved_dtype(mesh.device.type)
         self.grad_world = len(mesh.grad.ranks)
-        problems = [*engine_config.problems(mesh.device.type), *optim_config.problems()]
+        problems = [*engine_config.problems(mesh.device.type), *engine_config.plan_problems(mesh.plan)]
+        problems += optim_config.problems()
         if problems:
             raise ConfigError(format_problems("the engine's settings", problems))
         deepspeed = import_deepspeed(mesh.device)
         check_one_world(deepspeed, mesh)
+        self.slices = parameter_slices(model)
         groups = parameter_groups(model, optim_config.weight_decay)
-        self._weight_decays = [group["weight_decay"] for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=optim_config.lr, **self._adamw_settings())
         # Its bf16 optimizer prints memory figures whatever the log level.
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -187,7 +120,7 @@ class TrainEngine:
                 model=model,
                 optimizer=optimizer,
                 config=deepspeed_config(engine_config, optim_config, dtype=self.dtype, grad_world=self.grad_world),
-                mpu=FoldedWorld(mesh),
+                mpu=self._groups(world),
                 dist_init_required=False,
             )
         log.debug("deepspeed.initialize: %s", printed.getvalue())
@@ -233,22 +166,32 @@ class TrainEngine:
                 f"{self.mesh.prefix} step {step}: no token of the samples from cursor {first.cursor} on has a target\n"
                 "       documents of one token have none; check the data, or set data.mask_documents = false"
             )
+        return self._mean_loss(step, self._forward_backward(micro_batches), first)
+
+    def _groups(self, world: FoldedWorld | None) -> Any:
+        """What DeepSpeed asks for its process groups."""
+        return world or FoldedWorld(self.mesh)
+
+    def _forward_backward(self, micro_batches: Sequence[ShardedBatch]) -> torch.Tensor:
+        """All micro-batches; [sum of the losses, targets] of this process in float64."""
         # float64: the sums of a whole step, exact enough that every process count gives the same mean.
         total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for i, batch in enumerate(micro_batches):
             local_sum = self.ds(batch)
-            loss = scaled_loss(
-                local_sum,
-                num_target_tokens=batch.num_target_tokens,
-                grad_world=self.grad_world,
-                accumulation_steps=expected,
-            )
-            self.ds.backward(loss)
-            if i + 1 < expected:
+            self.ds.backward(self._scaled(local_sum, batch))
+            if i + 1 < len(micro_batches):
                 # Between micro-batches this only counts them.
                 self.ds.step()
             total += torch.stack([local_sum.detach().double(), (batch.labels != -100).sum().double()])
-        return self._mean_loss(step, total, first)
+        return total
+
+    def _scaled(self, local_sum: torch.Tensor, batch: ShardedBatch) -> torch.Tensor:
+        return scaled_loss(
+            local_sum,
+            num_target_tokens=batch.num_target_tokens,
+            grad_world=self.grad_world,
+            accumulation_steps=self.config.accumulation_steps,
+        )
 
     def update(self, step: int, loss: float, *, cursor: int) -> StepResult:
         """The second half of `train_step`: clip and update."""
@@ -257,31 +200,59 @@ class TrainEngine:
             group["lr"] = lr
         norm: Any = None
         if self.config.zero_stage == 0:
-            parameters = [p for p in self.ds.module.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = self._total_norm()
             self._check_norm(step, float(norm), cursor)
             if self.optim.gradient_clipping > 0:
-                nn.utils.clip_grads_with_norm_(parameters, self.optim.gradient_clipping, norm)
-        self.ds.step()
+                nn.utils.clip_grads_with_norm_(self.ds.module.parameters(), self.optim.gradient_clipping, norm)
+        self._apply_step()
         if norm is None:
             norm = self.ds.get_global_grad_norm()
             self._check_norm(step, float(norm), cursor)
         return StepResult(loss, float(norm), lr)
+
+    def _apply_step(self) -> None:
+        """Update the parameters and clear the gradients."""
+        self.ds.step()
+
+    def _total_norm(self) -> torch.Tensor:
+        """The norm of the whole gradient without ZeRO, where every process has its parameters' averaged gradients."""
+        # The last stage's copy of a tied embedding has the gradient that the first one's has.
+        mine = (p for p in self.ds.module.parameters() if not getattr(p, "ds_pipe_replicated", False))
+        cut, whole = split_by_cut(mine)
+        square = self._square_norm(cut)
+        self.mesh.tensor_exchange.all_reduce(square)
+        square += self._square_norm(whole)
+        if self.mesh.pp.group is not None:
+            dist.all_reduce(square, group=self.mesh.pp.group)
+        return square.sqrt()
+
+    def _square_norm(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        """The square of the norm of these parameters' gradients together; 0 for none."""
+        norms = [p.grad for p in parameters if p.grad is not None]
+        return nn.utils.get_total_norm(norms).square() if norms else torch.zeros((), device=self.mesh.device)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[ShardedBatch]) -> float:
         """Mean nats per target token over `batches`; every process must bring as many. nan where there is no target."""
         was_training = self.ds.module.training
         self.ds.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for batch in batches:
-            total += torch.stack([self.ds(batch).double(), (batch.labels != -100).sum().double()])
+        total = self._forward_only(batches)
         self.ds.train(was_training)
         loss, targets = self._gather(total).sum(0).tolist()
         return loss / targets if targets else math.nan
 
+    def _forward_only(self, batches: Iterable[ShardedBatch]) -> torch.Tensor:
+        """As `_forward_backward`, without gradients."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for batch in batches:
+            total += torch.stack([self.ds(batch).double(), (batch.labels != -100).sum().double()])
+        return total
+
     def gradients(self) -> dict[str, torch.Tensor]:
-        """The whole gradient of each parameter in fp32, between `accumulate` and `update`. For inspection and tests."""
+        """The whole gradient of each of the model's parameters in fp32, on every process, between `accumulate` and `update`.
+
+        For inspection and tests: every process holds all of it. Collective.
+        """
         from deepspeed.utils import safe_get_full_grad
 
         found = {}
@@ -290,7 +261,8 @@ class TrainEngine:
             partitioned = self.config.zero_stage in (1, 2)
             grad = parameter.get_full_hp_grad() if partitioned else safe_get_full_grad(parameter)
             assert grad is not None, f"{name} has no gradient"
-            found[name] = grad.detach().float().clone()
+            part = self.slices[name]
+            found[part.name] = gather_slices(grad.detach().float().clone(), part, self.mesh.tensor_exchange)
         return found
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
@@ -302,37 +274,38 @@ class TrainEngine:
 
         state = {}
         for name, parameter in self.ds.module.named_parameters():
+            part = self.slices[name]
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.config.zero_stage == 3):
-                if self.mesh.rank == 0:
-                    state[name] = parameter.detach().cpu().clone()
+                whole = gather_slices(parameter.detach(), part, self.mesh.tensor_exchange)
+                if self.mesh.grad.rank == self.mesh.tp.rank == 0:
+                    state[part.name] = whole.cpu().clone()
         return state
 
-    def apply_optim_config(self) -> None:
-        """Set the optimizer to this engine's settings again, after a checkpoint brought its own."""
-        assert len(self.ds.optimizer.param_groups) == len(self._weight_decays), "optimizer groups changed"
-        for group, weight_decay in zip(self.ds.optimizer.param_groups, self._weight_decays, strict=True):
-            group.update(self._adamw_settings(), weight_decay=weight_decay)
-        if self.config.zero_stage:
-            self.ds.optimizer.clip_grad = self.optim.gradient_clipping
-
     def _adamw_settings(self) -> dict[str, Any]:
-        return {"betas": tuple(self.optim.betas), "eps": self.optim.eps, "fused": self.mesh.device.type == "cuda"}
+        # torch has a fused AdamW for CPUs too: for an optimizer on the host, the one that is not slow.
+        fused = self.mesh.device.type == "cuda" or self.config.offload != "none"
+        return {"betas": tuple(self.optim.betas), "eps": self.optim.eps, "fused": fused}
+
+    @property
+    def _told(self) -> tuple[int, ...]:
+        """The ranks that `_gather` hears: one of each set of processes that compute the same."""
+        return self.mesh.grad.ranks
 
     def _gather(self, local: torch.Tensor) -> torch.Tensor:
-        """`local` [n] of every process of the grad axis: [dp * sp, n], the same everywhere."""
-        if self.grad_world == 1:
+        """`local` [n] of every process of `_told`: [processes, n], the same everywhere."""
+        axis = self.mesh.grad
+        if axis.size == 1:
             return local[None]
         # A sum of rows of which one is not zero: the name of the gather into one tensor depends on torch's version.
-        everyone = local.new_zeros(self.grad_world, local.numel())
-        everyone[self.mesh.grad.rank] = local
-        dist.all_reduce(everyone, group=self.mesh.grad.group)
+        everyone = local.new_zeros(axis.size, local.numel())
+        everyone[axis.rank] = local
+        dist.all_reduce(everyone, group=axis.group)
         return everyone
 
     def _mean_loss(self, step: int, total: torch.Tensor, first: ShardedBatch) -> float:
         """The step's mean loss from every process's (sum of losses, targets); checks that they fit together."""
         own = torch.tensor([step, first.cursor, first.num_target_tokens], dtype=torch.float64, device=total.device)
-        rows = self._gather(torch.cat([total, own])).cpu()
-        ranks = self.mesh.grad.ranks
+        rows, ranks = self._gather(torch.cat([total, own])).cpu(), self._told
         if bool((rows[:, 2:] != rows[0, 2:]).any()):
             told = "; ".join(
                 f"rank {rank}: step {int(s)}, cursor {int(c)}, {int(n)} targets"
@@ -375,24 +348,47 @@ def build_engine(
     *,
     total_steps: int,
     seed: int = 0,
-    load: Callable[[nn.Module], None] | None = None,
+    seq_len: int = 0,
+    load: Callable[[nn.Module, str], None] | None = None,
 ) -> TrainEngine:
-    """A new `Transformer` in a `TrainEngine`, its weights those of `seed`, or what `load` makes of them.
+    """A new `Transformer`, or its stage of a pipeline, in a `TrainEngine`; its weights those of `seed`, or what `load` makes
+    of them.
 
     Args:
-        load: sets the parameters of the model, which is whole and on the CPU then; the same on every process. bf16 training
-            rounds fp32 weights and works on from the rounded ones.
+        seq_len: tokens of a sequence: a pipeline's stages are cut by what they compute, attention included. 0: leave it out.
+        load: `load(part, prefix)` sets the parameters of a part of the model, which is on the CPU then; the same on every
+            process. `prefix` is what their names begin with in the whole model: empty for all of it, which it is given but
+            with ZeRO-3. bf16 training rounds fp32 weights and works on from the rounded ones.
     """
     from longctx.model import Transformer
 
-    model = Transformer(
-        model_config,
-        mesh=mesh,
-        kernel=engine_config.kernel,
-        activation_checkpointing=engine_config.activation_checkpointing,
-        fused=engine_config.fused,
-        seed=seed,
-    )
-    if load is not None:
-        load(model)
-    return TrainEngine(model, mesh, engine_config, optim_config, total_steps=total_steps)
+    made: dict[str, Any] = {"kernel": engine_config.kernel, "fused": engine_config.fused, "seed": seed}
+    made["activation_checkpointing"] = engine_config.activation_checkpointing
+    if mesh.pp.size > 1:
+        # DeepSpeed must know its device before anything of it is imported.
+        check_one_world(import_deepspeed(mesh.device), mesh)
+        from longctx.pipeline import DualPipeTransformer, PipelineTrainEngine, PipelineTransformer
+
+        stage_class = DualPipeTransformer if mesh.plan.schedule == "dualpipev" else PipelineTransformer
+        stage = stage_class(model_config, mesh, model_config.stages(mesh.plan.num_stages, seq_len), **made)
+        if load is not None:
+            load(stage, "")
+        return PipelineTrainEngine(stage, mesh, engine_config, optim_config, total_steps=total_steps)
+    if engine_config.zero_stage < 3:
+        model = Transformer(model_config, mesh=mesh, **made)
+        if load is not None:
+            load(model, "")
+        return TrainEngine(model, mesh, engine_config, optim_config, total_steps=total_steps)
+    deepspeed = import_deepspeed(mesh.device)
+    check_one_world(deepspeed, mesh)
+    world = FoldedWorld(mesh)
+    dtype = engine_config.resolved_dtype(mesh.device.type)
+    settings = deepspeed_config(engine_config, optim_config, dtype=dtype, grad_world=len(mesh.grad.ranks))
+
+    def settle(name: str, part: nn.Module) -> None:
+        if load is not None:
+            load(part, f"{name}.")
+        partition(deepspeed, part, settings, world)
+
+    model = Transformer(model_config, mesh=mesh, settle=settle, **made)
+    return TrainEngine(model, mesh, engine_config, optim_config, total_steps=total_steps, world=world)

@@ -34,12 +34,14 @@ class Place:
     Args:
         rank, world_size: among all processes of the run.
         local_rank: among those of this machine, which is also its GPU.
+        local_world_size: how many these are; None: the launcher did not say.
         launcher: who started it.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int | None = None
     launcher: Literal["python", "torchrun", "deepspeed", "other"] = "python"
 
     @staticmethod
@@ -69,8 +71,13 @@ class Place:
             )
         try:
             rank, world_size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+            # torchrun's name of it, and the deepspeed launcher's.
+            local = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE")
+            local_world_size = int(local) if local else None
         except ValueError as error:
-            raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
+            raise ConfigError(
+                f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: {error}"
+            ) from None
         if not (0 <= rank < world_size and 0 <= local_rank <= rank):
             raise ConfigError(f"RANK={rank}, LOCAL_RANK={local_rank} and WORLD_SIZE={world_size} do not fit together")
         launcher: Literal["python", "torchrun", "deepspeed", "other"]
@@ -80,7 +87,13 @@ class Place:
             launcher = "deepspeed"
         else:
             launcher = "python" if world_size == 1 else "other"
-        return Place(rank=rank, world_size=world_size, local_rank=local_rank, launcher=launcher)
+        return Place(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            local_world_size=local_world_size,
+            launcher=launcher,
+        )
 
     @property
     def store_is_with_launcher(self) -> bool:

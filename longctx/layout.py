@@ -261,9 +261,13 @@ def nearest_lengths(seq_len: int, multiple: int) -> str:
     return f"{below:_} or {below + multiple:_}" if below > 0 else f"{multiple:_}"
 
 
-def shard_multiple(layout: SequenceLayout, ring: int, ulysses: int) -> int:
-    """What a length must be a multiple of for `layout` over a ring, each ring shard cut evenly over Ulysses ranks."""
-    return math.lcm(layout.multiple(ring), ring * ulysses)
+def shard_multiple(layout: SequenceLayout, ring: int, ulysses: int, local_multiple: int = 1) -> int:
+    """What a length must be a multiple of for `layout` over a ring, each ring shard cut evenly over Ulysses ranks.
+
+    Args:
+        local_multiple: what the tokens of each rank must be a multiple of.
+    """
+    return math.lcm(layout.multiple(ring), ring * ulysses * local_multiple)
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,12 +313,14 @@ class SequenceMeta:
         ring_world: int = 1,
         ulysses_rank: int = 0,
         ulysses_world: int = 1,
+        local_multiple: int = 1,
         device: torch.device | str = "cpu",
     ) -> SequenceMeta:
         """The meta of one shard; causal and zigzag unless said otherwise.
 
         Args:
             layout: one, or the name of one, such as "auto".
+            local_multiple: pad until the local tokens are a multiple of this: `ParallelPlan.local_multiple`.
 
         Raises:
             PlanError: there is no such rank or layout, or nothing to cut.
@@ -327,7 +333,7 @@ class SequenceMeta:
             layout.check(ring_world, seq_len)
         if seq_len < 1:
             raise PlanError(f"seq_len = {seq_len:_}: a sequence has at least 1 position")
-        length = padded_length(seq_len, shard_multiple(layout, ring_world, ulysses_world))
+        length = padded_length(seq_len, shard_multiple(layout, ring_world, ulysses_world, local_multiple))
         layout = layout.for_mask(padded(mask, seq_len, length), ring_world, length)
         positions = layout.positions(ring_rank, ring_world, length)
         mine = positions.view(ulysses_world, -1)[ulysses_rank].to(device)

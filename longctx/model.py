@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -15,11 +14,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from longctx.attention import ParallelAttention
 from longctx.errors import ConfigError, Problem, format_problems
+from longctx.initial import init_parameter
 from longctx.kernels.fused import Fused, check_fused, rms_norm, silu_mul
 from longctx.layout import SequenceMeta
 from longctx.masks import SlidingWindow
 from longctx.parallel.loss import LMHead, check_token_ids
+from longctx.parallel.stages import cut_by_flops, params_of_stages
 from longctx.parallel.strategy import KEPT_OPERATORS
+from longctx.parallel.tensor import ALONE, MAY_KEEP_OPS, TensorParallel, VocabularyEmbedding
 from longctx.rope import RopeScaling, apply_rope, rope_cos_sin, rope_frequencies
 from longctx.shapes import ModelShape, check_shapes
 
@@ -28,6 +30,14 @@ if TYPE_CHECKING:
 
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+# (name of a part of the model, the part)
+Settle = Callable[[str, nn.Module], None]
+
+
+class _Made(Protocol):
+    def __call__(self, name: str, part: _Module) -> _Module: ...
+
 
 # What activation checkpointing keeps: attention's result, and under Ulysses what came for attention and back from it.
 _KEPT = KEPT_OPERATORS
@@ -169,20 +179,36 @@ class ModelConfig:
             num_params=self.num_layers * per_layer + embeddings + e,
         )
 
+    def stages(self, num_stages: int, seq_len: int) -> tuple[range, ...]:
+        """The decoder layers of each stage of a pipeline, their FLOPs of a step as even as can be.
+
+        Args:
+            seq_len: tokens of a sequence; attention is counted as of one causal document. 0: without attention.
+        """
+        return cut_by_flops(self.shape, num_stages, seq_len, tied=self.tie_embeddings, window=self.sliding_window)
+
+    def stage_params(self, stages: Sequence[range]) -> list[int]:
+        """Parameters of each stage; a tied embedding is held by the first and, if that is another, the last."""
+        return params_of_stages(self.shape, stages, tied=self.tie_embeddings)
+
 
 class Transformer(nn.Module):
     """Embedding, decoder layers and output projection over one rank's shard of the sequence.
 
     Attention alone looks beyond the shard, through `mesh`; every other layer works token by token. No logits tensor of the
-    whole shard exists. The parameters depend on `config` and `seed` only, not on ranks or on the order of construction.
+    whole shard exists. The parameters depend on `config` and `seed` only, not on ranks or on the order of construction; with
+    tensor parallelism each process holds its part of the very same matrices (`longctx.parallel.slices.parameter_slices`).
 
     Args:
-        mesh: the processes that share a sequence; None: this process holds all of it.
+        mesh: the processes that share a sequence, and matrices; None: this process holds all of both.
         kernel: name of the attention kernel, or "auto".
         activation_checkpointing: keep, of each layer, its input and what attention gave; recompute the rest in backward.
             Attention and its communication run once.
         fused: liger-kernel's operations: "auto" where they can be had, "on", "off".
         seed: of the initial weights.
+        settle: called with the name and the module of each part (embedding, each layer, last norm, output projection) in this
+            order, as soon as it has its initial weights and before the next one is made: so that the whole model need never
+            be in one memory.
 
     Raises:
         ConfigError: all problems of `config` in one message; `fused="on"` without liger-kernel.
@@ -197,6 +223,7 @@ class Transformer(nn.Module):
         activation_checkpointing: bool = False,
         fused: Fused = "auto",
         seed: int = 0,
+        settle: Settle | None = None,
     ) -> None:
         super().__init__()
         if problems := config.problems():
@@ -204,12 +231,20 @@ class Transformer(nn.Module):
         check_fused(fused)
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.model = _Decoder(config, mesh, kernel, fused)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, fused=fused)
+
+        def made(name: str, part: _Module) -> _Module:
+            for of_part, parameter in part.named_parameters():
+                init_parameter(f"{name}.{of_part}", parameter, config, seed)
+            if settle is not None:
+                settle(name, part)
+            return part
+
+        self.model = _Decoder(config, mesh, kernel, fused, made)
+        head = LMHead(config.hidden_size, config.vocab_size, fused=fused, tensor=TensorParallel.of(mesh))
         if config.tie_embeddings:
             # One Parameter in two modules: each module's hooks find it, and the optimizer sees it once.
-            self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
-        self.init_weights(seed)
+            head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
+        self.lm_head = head if config.tie_embeddings else made("lm_head", head)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Sum of the token losses of this shard: fp32 scalar (fp64 for an fp64 model).
@@ -234,57 +269,57 @@ class Transformer(nn.Module):
         check_token_ids(tokens, self.config.vocab_size, what="token")
         return self.model(tokens, meta, self.activation_checkpointing and torch.is_grad_enabled())
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Set every parameter to its initial value: norms 1, biases 0, the rest normal, from `seed` and its own name."""
-        residual_std = self.config.init_std / math.sqrt(2 * self.config.num_layers)
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta:
-                continue
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-                generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little") >> 1)
-                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                parameter.normal_(0.0, residual_std if is_residual else self.config.init_std, generator=generator)
-
 
 class _Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
+    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused, made: _Made) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = _uninitialised(nn.Embedding, config.vocab_size, config.hidden_size)
+        table = VocabularyEmbedding(config.vocab_size, config.hidden_size, TensorParallel.of(mesh))
+        self.embed_tokens = made("model.embed_tokens", table)
         self.layers = nn.ModuleList(
-            _Layer(config, None if mesh is None else mesh.for_layer(i), kernel, fused) for i in range(config.num_layers)
+            made(
+                f"model.layers.{i}",
+                DecoderLayer(config, None if mesh is None else mesh.for_layer(i), kernel, fused),
+            )
+            for i in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
+        norm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused, tensor=TensorParallel.of(mesh).of_norms)
+        self.norm = made("model.norm", norm)
 
     def forward(self, tokens: torch.Tensor, meta: SequenceMeta, recompute: bool) -> torch.Tensor:
-        x = self.embed_tokens(tokens)
-        config = self.config
-        # Made anew each time: a buffer would be cast to bf16 along with the weights, and 10^6 positions need float64.
-        inv_freq, factor = rope_frequencies(
-            config.head_size, config.rope_theta, config.rope_scaling, device=tokens.device
-        )
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = rope_cos_sin(meta.positions, inv_freq, attention_factor=factor, dtype=dtype)
-        if config.sliding_window is not None:
-            meta = replace(meta, mask=meta.mask & SlidingWindow(config.sliding_window))
-        for layer in self.layers:
-            x = _recomputed(layer, x, cos, sin, meta) if recompute else layer(x, cos, sin, meta)
-        return self.norm(x)
+        return self.norm(run_layers(self.layers, self.embed_tokens(tokens), meta, self.config, recompute=recompute))
 
 
-class _Layer(nn.Module):
+def run_layers(
+    layers: Iterable[nn.Module], x: torch.Tensor, meta: SequenceMeta, config: ModelConfig, *, recompute: bool
+) -> torch.Tensor:
+    """Decoder layers, one after the other.
+
+    Args:
+        x: "b s e"; with `ParallelPlan.shard_norms` this rank's part of the tokens.
+        recompute: keep of each layer its input and what attention gave.
+    """
+    # Made anew each time: a buffer would be cast to bf16 along with the weights, and 10^6 positions need float64.
+    inv_freq, factor = rope_frequencies(config.head_size, config.rope_theta, config.rope_scaling, device=x.device)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = rope_cos_sin(meta.positions, inv_freq, attention_factor=factor, dtype=dtype)
+    if config.sliding_window is not None:
+        meta = replace(meta, mask=meta.mask & SlidingWindow(config.sliding_window))
+    for layer in layers:
+        x = _recomputed(layer, x, cos, sin, meta) if recompute else layer(x, cos, sin, meta)
+    return x
+
+
+class DecoderLayer(nn.Module):
+    """Attention and SwiGLU, each behind a norm and added to what came in."""
+
     def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
+        size, eps, tensor = config.hidden_size, config.norm_eps, TensorParallel.of(mesh).of_norms
+        self.input_layernorm = RMSNorm(size, eps, fused=fused, tensor=tensor)
         self.self_attn = _Attention(config, mesh, kernel, fused)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused)
-        self.mlp = _MLP(config, fused)
+        self.post_attention_layernorm = RMSNorm(size, eps, fused=fused, tensor=tensor)
+        self.mlp = _MLP(config, mesh, fused)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meta: SequenceMeta) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, meta)
@@ -294,55 +329,70 @@ class _Layer(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
         super().__init__()
-        e, d, h, hk = config.hidden_size, config.head_size, config.num_heads, config.kv_heads
+        self.tensor = tensor = TensorParallel.of(mesh)
+        e, d, h, hk = config.hidden_size, config.head_size, tensor.part(config.num_heads), tensor.part(config.kv_heads)
         self.head_dim = d
         self.fused = fused
-        self.q_proj = _linear(e, h * d, bias=config.qkv_bias)
-        self.k_proj = _linear(e, hk * d, bias=config.qkv_bias)
-        self.v_proj = _linear(e, hk * d, bias=config.qkv_bias)
-        self.o_proj = _linear(h * d, e)
-        self.q_norm = RMSNorm(d, config.norm_eps, fused=fused) if config.qk_norm else None
-        self.k_norm = RMSNorm(d, config.norm_eps, fused=fused) if config.qk_norm else None
-        self.sinks = nn.Parameter(torch.empty(h)) if config.sinks else None
+        self.q_proj = _linear(e, h * d, tensor, cut=0, bias=config.qkv_bias)
+        self.k_proj = _linear(e, hk * d, tensor, cut=0, bias=config.qkv_bias)
+        self.v_proj = _linear(e, hk * d, tensor, cut=0, bias=config.qkv_bias)
+        self.o_proj = _linear(h * d, e, tensor, cut=1)
+        # Of all heads alike, so every rank has them whole, and their gradient is the sum over the ranks' heads.
+        self.q_norm = RMSNorm(d, config.norm_eps, fused=fused, tensor=tensor) if config.qk_norm else None
+        self.k_norm = RMSNorm(d, config.norm_eps, fused=fused, tensor=tensor) if config.qk_norm else None
+        self.sinks = tensor.cut(nn.Parameter(torch.empty(h)), 0) if config.sinks else None
         self.attention = ParallelAttention(mesh, kernel=kernel, softcap=config.softcap)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meta: SequenceMeta) -> torch.Tensor:
+        x = self.tensor.enter(x)
         # Views of the projections: heads are never moved before the sequence, so nothing is copied.
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, k, cos, sin, fused=self.fused)
-        return self.o_proj(self.attention(q, k, v, meta, sinks=self.sinks).flatten(2))
+        out = self.o_proj(self.attention(q, k, v, meta, sinks=self.sinks).flatten(2))
+        return self.tensor.leave(out, keep=True)
 
 
 class _MLP(nn.Module):
-    def __init__(self, config: ModelConfig, fused: Fused) -> None:
+    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, fused: Fused) -> None:
         super().__init__()
-        e, f = config.hidden_size, config.mlp_size
+        self.tensor = tensor = TensorParallel.of(mesh)
+        e, f = config.hidden_size, tensor.part(config.mlp_size)
         self.fused = fused
-        self.gate_proj = _linear(e, f)
-        self.up_proj = _linear(e, f)
-        self.down_proj = _linear(f, e)
+        self.gate_proj = _linear(e, f, tensor, cut=0)
+        self.up_proj = _linear(e, f, tensor, cut=0)
+        self.down_proj = _linear(f, e, tensor, cut=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x), fused=self.fused))
+        x = self.tensor.enter(x)
+        return self.tensor.leave(self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x), fused=self.fused)))
 
 
 class RMSNorm(nn.Module):
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis. See `longctx.kernels.fused.rms_norm`."""
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis. See `longctx.kernels.fused.rms_norm`.
 
-    def __init__(self, size: int, eps: float, *, fused: Fused = "auto") -> None:
+    Args:
+        tensor: the ranks that each apply the weight to a part of what it is for; by default each to all.
+    """
+
+    def __init__(self, size: int, eps: float, *, fused: Fused = "auto", tensor: TensorParallel = ALONE) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
         self.fused = fused
+        self.tensor = tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps, fused=self.fused)
+        return rms_norm(x, self.tensor.of_all(self.weight), self.eps, fused=self.fused)
 
 
-def _linear(size_in: int, size_out: int, bias: bool = False) -> nn.Linear:
-    return _uninitialised(nn.Linear, size_in, size_out, bias=bias)
+def _linear(size_in: int, size_out: int, tensor: TensorParallel, *, cut: int, bias: bool = False) -> nn.Linear:
+    """A projection in this rank's size: a part of its outputs (cut 0) or of its inputs (cut 1, without a bias)."""
+    linear = _uninitialised(nn.Linear, size_in, size_out, bias=bias)
+    for parameter in linear.parameters():
+        tensor.cut(parameter, cut)
+    return linear
 
 
 def _uninitialised(cls: type[_Module], *args: object, **kwargs: object) -> _Module:
@@ -371,4 +421,5 @@ def _keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 def _policy(ctx: object, op: Callable, *args: object, **kwargs: object) -> CheckpointPolicy:
     # Recomputing attention would repeat its communication, on every rank and in the same order, or hang.
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    is_kept = op in _KEPT or (op in MAY_KEEP_OPS and args[-1])
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -66,7 +66,7 @@ def lr_at(step: int, optim: OptimConfig, total_steps: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters in optimizer groups: matrices with weight decay; norms, biases and embedding tables without.
+    """The parameters in optimizer groups: matrices with weight decay; norms, biases, sinks and embedding tables without.
 
     A tied embedding counts as an embedding. Each parameter is in one group; empty groups are left out.
     """
@@ -75,6 +75,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (rest if parameter.ndim < 2 or id(parameter) in tables else decayed).append(parameter)
+            # ZeRO-3 empties parameters and notes their shapes.
+            is_vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+            (rest if is_vector or id(parameter) in tables else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -109,7 +109,7 @@ def make_step(case: ParityCase, device: torch.device) -> FullStep:
     """The micro-batches of an optimizer step on whole sequences, the same on every process.
 
     Random tokens, each the label of the one before it. Documents end within shards and on their edges; targets are uneven
-    everywhere, and with several processes the last one holds none at all.
+    everywhere, and of several processes with other tokens the last one holds none at all.
     """
     plan, rows, accumulation = case.plan, case.engine.micro_batch_size, case.engine.accumulation_steps
     assert plan.dp is not None, "the plan is resolved"
@@ -129,6 +129,7 @@ def make_step(case: ParityCase, device: torch.device) -> FullStep:
             ring_world=plan.ring,
             ulysses_rank=ulysses_rank,
             ulysses_world=plan.ulysses,
+            local_multiple=plan.local_multiple,
         ).positions
         for ring_rank in range(plan.ring)
         for ulysses_rank in range(plan.ulysses)
@@ -139,7 +140,7 @@ def make_step(case: ParityCase, device: torch.device) -> FullStep:
         if 4 * len(last) <= len(positions):
             left_out[..., last] = False
     left_out[..., -1] = True
-    if plan.world_size > 1:
+    if plan.grad_world > 1:
         left_out[:, -1, :, shards[-1]] = True
     masks: list[list[AttentionMask]] = []
     for m in range(accumulation):
@@ -193,6 +194,7 @@ def _meta_on(mesh: ParallelMesh, seq_len: int, mask: AttentionMask) -> SequenceM
         ring_world=mesh.ring.size,
         ulysses_rank=mesh.ulysses.rank,
         ulysses_world=mesh.ulysses.size,
+        local_multiple=mesh.plan.local_multiple,
         device=mesh.device,
     )
 
@@ -243,7 +245,9 @@ def _number(x: float) -> torch.Tensor:
 def _compare_step(
     case: ParityCase, mesh: ParallelMesh, batches: list[ShardedBatch], exact: _Reference, plain: _Reference
 ) -> list[Comparison]:
-    engine: TrainEngine = build_engine(case.model, case.engine, case.optim, mesh, total_steps=1, seed=case.seed)
+    engine: TrainEngine = build_engine(
+        case.model, case.engine, case.optim, mesh, total_steps=1, seq_len=case.seq_len, seed=case.seed
+    )
     loss = engine.accumulate(0, batches)
     ours = engine.gradients()
     norm = engine.update(0, loss, cursor=0).grad_norm

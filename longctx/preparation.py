@@ -21,6 +21,7 @@ from longctx.results import environment, version
 from longctx.weights import WeightsFolder
 
 if TYPE_CHECKING:
+    from longctx.checkpoint import TrainState
     from longctx.config import Config
     from longctx.tokens import TokenDataset
 
@@ -46,17 +47,20 @@ def dry_run(config: Config, launch: Launch, *, world_size: int | None = None) ->
         dataset, loader = open_data(config, plan, place.rank, torch.device("cpu"))
     shape = config.model.shape
     dtype = config.engine.resolved_dtype(device.type)
-    held = _state_bytes(shape.num_params, config.engine.zero_stage, dtype, plan.grad_world)
+    stages = config.model.stages(plan.num_stages, config.data.seq_len)
+    of_stages = config.model.stage_params(stages)
+    largest = max(sum(of_stages[i] for i in plan.stages_of(rank)) for rank in range(plan.pp)) // plan.tp
+    held = _state_bytes(largest, config.engine.zero_stage, dtype, plan.grad_world)
     lines = [
         config.dump().rstrip(),
         "",
-        f"plan      {plan.describe(config.data.seq_len)}",
+        f"plan      {plan.describe(config.data.seq_len, stages)}",
         f"data      {dataset.describe()}",
         f"step      {_step_line(config, plan, loader)}",
         *(f"batch {i}   {_batch_line(batch)}" for i, batch in enumerate(loader.step(0))),
         f"model     {shape.num_params:_} parameters, {dtype}",
         *_weights_lines(config, weights),
-        f"memory    about {in_bytes(held)} on each rank for parameters, gradients and optimizer (ZeRO "
+        f"memory    about {in_bytes(held)} on {'each rank' if plan.pp == 1 else 'a rank of the largest stage'} for parameters, gradients and optimizer (ZeRO "
         f"{config.engine.zero_stage} over {plan.grad_world}); activations come on top",
     ]
     return "\n".join(lines)
@@ -84,7 +88,18 @@ def choices(
     filled = " (dp: what the other degrees leave)" if config.parallel.dp is None and plan.world_size > 1 else ""
     ring = f", layout {plan.layout}, strategy {plan.strategy}" if plan.ring > 1 else ""
     ring += f", dk and dv sent in {plan.grad_dtype}" if plan.wire_dtype is not None else ""
-    yield f"plan      {plan} on {plan.world_size} process{'es' * (plan.world_size > 1)}{ring}{filled}"
+    local = place.local_world_size or plan.world_size
+    nodes = f", {local} on each machine" if local < plan.world_size else ""
+    yield f"plan      {plan} on {plan.world_size} process{'es' * (plan.world_size > 1)}{nodes}{ring}{filled}"
+    if plan.pp > 1:
+        counts = [len(layers) for layers in config.model.stages(plan.num_stages, config.data.seq_len)]
+        micro_batches = config.engine.accumulation_steps
+        idle = (plan.pp - 1) / (micro_batches + plan.pp - 1)
+        waiting = f", idle {idle:.0%} of the time" if plan.schedule == "1f1b" else ""
+        yield (
+            f"stages    of {', '.join(map(str, counts))} layers; {plan.schedule} with {micro_batches} micro-batches "
+            f"(engine.accumulation_steps){waiting}"
+        )
     yield f"device    {choose_device(place, config.train.device)[1]}; {threads}"
     dtype = config.engine.resolved_dtype(device.type)
     because = f" (engine.dtype = auto on {device.type})" if config.engine.dtype == "auto" else ""
@@ -102,13 +117,34 @@ def choices(
         yield f"resume    from {resume_from} (train.resume = {config.train.resume})"
 
 
+def resumed(before: TrainState, now: TrainState, there: str, here: str) -> Iterator[str]:
+    """Where a run goes on, and what is other than it was; a line each.
+
+    Args:
+        before: what the checkpoint says; now: what the run begins with.
+        there, here: the `arrangement` of the checkpoint and of this run.
+    """
+    other = f", from a checkpoint of {there} at {here}" if there != here else ""
+    yield f"resumed   at step {now.step}, sample {now.cursor:_}{other}"
+    if before.data != now.data:
+        yield (
+            f"note      the checkpoint's data were other ({before.data or 'not recorded'}; now {now.data}): samples are read "
+            "from the first on"
+        )
+    if before.batch not in (0, now.batch):
+        yield (
+            f"note      a step is {now.batch} samples now, before it was {before.batch}: the loss goes on as before where "
+            "dp x engine.micro_batch_size x engine.accumulation_steps is the same"
+        )
+
+
 def settle(config: Config, place: Place) -> tuple[ParallelPlan, torch.device]:
     """The plan for this world and this process's device.
 
     Raises:
         ConfigError: with every problem of the configuration.
     """
-    problems = config.check(place.world_size)
+    problems = config.check(place.world_size, place.local_world_size)
     if problems:
         raise ConfigError(format_problems("this configuration", problems))
     device, _ = choose_device(place, config.train.device)
@@ -139,6 +175,7 @@ def open_data(
         ring_world=plan.ring,
         ulysses_rank=coords.ulysses,
         ulysses_world=plan.ulysses,
+        local_multiple=plan.local_multiple,
         sliding_window=config.model.sliding_window,
         seed=config.data.seed,
         shuffle=config.data.shuffle,

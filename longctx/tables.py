@@ -233,6 +233,25 @@ def recall_table(rows: Sequence[Measurement]) -> str:
     return markdown(["task", "attention", "answered"], body)
 
 
+def faults_table(rows: Sequence[Measurement]) -> str:
+    """What a run survived, and how often that was tried."""
+    rows = latest([row for row in rows if row.name.startswith("faults/")])
+    if not rows:
+        return "Not measured yet."
+    body = []
+    for name in dict.fromkeys(row.name for row in rows):
+        got = {row.metric: f"{row.value:.0f}" for row in rows if row.name == name}
+        if "times" in got:
+            body.append([name.split("/", 1)[1], got["times"], got["kept every checkpoint"], got["went on"]])
+    steps = [f"{row.value:_.0f}".replace("_", " ") for row in rows if row.metric == "steps"]
+    table = markdown(["2 processes, a checkpoint every 2 steps", "times", "kept every checkpoint", "went on"], body)
+    return (
+        f"{table}\n\nThe {steps[0]} steps between the kills are bit for bit those of an undisturbed run."
+        if steps
+        else table
+    )
+
+
 def numerics_table(rows: Sequence[Measurement]) -> str:
     """What rings of several sizes add to the error of one rank, the worst of out, dq, dk and dv."""
     # ring -> label -> tensor -> error; the configuration reads "ring 4, bf16 inputs, dk and dv sent in fp32, 1024 tokens".
@@ -256,6 +275,7 @@ TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
     "training": training_table,
     "ring": ring_table,
     "recall": recall_table,
+    "faults": faults_table,
     "numerics": numerics_table,
 }
 

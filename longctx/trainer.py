@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,20 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.distributed as dist
 
-from longctx.checkpoint import (
-    TrainState,
-    check_checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    sharing,
-)
+from longctx.checkpoint import TrainState, arrangement, check_checkpoint, latest_checkpoint, load_checkpoint, saved_as
+from longctx.checkpoint_saver import Saver
 from longctx.errors import CheckpointError, ConfigError, NonFiniteError, Problem
 from longctx.launch import Launch, Place, StartError
 from longctx.metrics import Meter, MetricsFile, peak_flops, peak_memory_bytes, step_work
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
-from longctx.preparation import DATA_TIMEOUT_S, about, choices, open_data, settle, weights_to_start_from
+from longctx.preparation import DATA_TIMEOUT_S, about, choices, open_data, resumed, settle, weights_to_start_from
 from longctx.process import seed_everything, set_cpu_threads, tell
 from longctx.progress import Progress, log_to
 from longctx.recorder import Recorder, WandbRun
@@ -60,6 +54,8 @@ class TrainConfig:
         run_dir: metrics, checkpoints and wandb's files go here; shared by all machines.
         save_every: steps between checkpoints; there is always one at the end. 0: only that.
         keep: checkpoints that are kept.
+        async_save: write checkpoints beside the training, from a copy in the host's memory: 12 bytes for each parameter of the
+            model, over all processes together.
         resume: "auto": the newest complete checkpoint of `run_dir`, if there is one; "never": from the start; or a path.
         timeout_s: a rank that dies or hangs ends the run within this time.
         device: "auto": CUDA where there is a GPU, else the CPU.
@@ -71,6 +67,7 @@ class TrainConfig:
     run_dir: str = "runs/default"
     save_every: int = 0
     keep: int = 2
+    async_save: bool = False
     resume: str = "auto"
     timeout_s: float = 600.0
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -163,8 +160,7 @@ class Trainer:
             log_to(lambda text: tell(f"{watchdog.prefix} {text}"), level=logging.WARNING)
         with launch.together("the run's folder"):
             self._lock_run_dir()
-        shared_out = sharing(config.engine, plan, device.type)
-        found = launch.from_first("the checkpoint to resume from", lambda: str(self._find_checkpoint(shared_out) or ""))
+        found = launch.from_first("the checkpoint to resume from", lambda: str(self._find_checkpoint() or ""))
         self.resume_from = Path(found) if found else None
         self.init_from: WeightsFolder | None = None
         with launch.together("the weights to start from"):
@@ -212,23 +208,22 @@ class Trainer:
             config.optim,
             mesh,
             total_steps=config.train.steps,
+            seq_len=config.data.seq_len,
             seed=config.train.seed,
             load=self.init_from.load_into if self.init_from is not None else None,
         )
         with self.launch.together("the checkpoint"):
             if self.resume_from is not None:
                 self.state = load_checkpoint(self.resume_from, self.engine, asdict(config.model))
-        self.state, before = replace(self.state, data=self.loader.order), self.state
+        batch = self.loader.samples_per_step
+        self.state, before = replace(self.state, data=self.loader.order, batch=batch), self.state
         if self.resume_from is not None and before.data != self.state.data:
             # A cursor means nothing in other data: a further stage of training begins with their first sample.
             self.state = replace(self.state, cursor=0)
         if self._progress is not None and self.resume_from is not None:
-            self._progress.say(f"resumed   at step {self.state.step}, sample {self.state.cursor:_}")
-            if before.data != self.state.data:
-                self._progress.say(
-                    f"note      the checkpoint's data were other ({before.data or 'not recorded'}; now "
-                    f"{self.state.data}): samples are read from the first on"
-                )
+            there, here = saved_as(self.resume_from), arrangement(config.engine, plan, device.type)
+            for line in resumed(before, self.state, there, here):
+                self._progress.say(line)
             self._progress.begin_at(self.state.step)
         self.launch.is_working = True
 
@@ -245,9 +240,11 @@ class Trainer:
             file = self._metrics_file()
             file.write("run", {"first_step": self.state.step, **about(self.config, plan, device)})
             recorder.open(file)
-        saved = self.resume_from
+        root, model = train.checkpoints, asdict(self.config.model)
+        saver = Saver(root, self.engine, fingerprint=model, keep=train.keep, in_background=train.async_save)
         while self.state.step < train.steps:
             step, cursor = self.state.step, self.state.cursor
+            self._heed(saver.poll)
             watchdog.mark(step, "waiting for data")
             start = time.perf_counter()
             batches = loader.step(cursor)
@@ -256,7 +253,9 @@ class Trainer:
             try:
                 result = self.engine.train_step(step, batches)
             except NonFiniteError as error:
-                raise NonFiniteError(f"{error}\n       last checkpoint: {saved or 'none yet'}") from None
+                self._heed(saver.finish)
+                saved = saver.newest or self.resume_from or "none yet"
+                raise NonFiniteError(f"{error}\n       last checkpoint: {saved}") from None
             # train_step ends with numbers on the host, so the device has finished too.
             end = time.perf_counter()
             self.state = replace(
@@ -277,27 +276,30 @@ class Trainer:
                     memory=peak_memory_bytes(device),
                     telemetry=result.telemetry,
                 )
-            is_last = self.state.step == train.steps
-            if is_last or (train.save_every and self.state.step % train.save_every == 0):
+            if self.state.step == train.steps or (train.save_every and self.state.step % train.save_every == 0):
                 watchdog.mark(step, "saving a checkpoint")
-                try:
-                    saved = save_checkpoint(
-                        train.checkpoints,
-                        self.engine,
-                        self.state,
-                        fingerprint=asdict(self.config.model),
-                        keep=train.keep,
-                    )
-                except CheckpointError as error:
-                    # A disk that is full now may have room at the next one; at the end there is none.
-                    if is_last:
-                        raise
-                    if self.rank == 0:
-                        log.warning("no checkpoint at step %d: %s", self.state.step, error)
+                self._save(saver, is_last=self.state.step == train.steps)
         watchdog.mark(train.steps, "finishing")
         memory = _largest(peak_memory_bytes(device), device)
         if recorder is not None:
-            recorder.summary(memory=memory, saved=str(saved), folder=str(self.run_dir))
+            recorder.summary(memory=memory, saved=str(saver.newest), folder=str(self.run_dir))
+
+    def _save(self, saver: Saver, *, is_last: bool) -> None:
+        """A disk that is full now may have room at the next checkpoint; after the last one there is none."""
+        self._heed(saver.finish)
+        if is_last:
+            saver.save(self.state)
+            saver.finish()
+        else:
+            self._heed(lambda: saver.save(self.state))
+
+    def _heed(self, action: Callable[[], None]) -> None:
+        """A checkpoint that could not be saved is a warning, and training goes on."""
+        try:
+            action()
+        except CheckpointError as error:
+            if self.rank == 0:
+                log.warning("no checkpoint: %s", error)
 
     def _lock_run_dir(self) -> None:
         """Two runs in one folder would overwrite each other's checkpoints."""
@@ -322,8 +324,8 @@ class Trainer:
             ) from error
         self._lock = lock
 
-    def _find_checkpoint(self, shared_out: dict[str, Any]) -> Path | None:
-        """Where to go on from: complete, of this model and shared out so; None: from the start."""
+    def _find_checkpoint(self) -> Path | None:
+        """Where to go on from: complete and of this model; None: from the start."""
         train = self.config.train
         if train.resume == "never":
             return None
@@ -338,7 +340,7 @@ class Trainer:
                     )
                 return None
             path = newest
-        check_checkpoint(path, asdict(self.config.model), shared_out=shared_out)
+        check_checkpoint(path, asdict(self.config.model))
         return path
 
     def _metrics_file(self) -> MetricsFile:

@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from longctx.checkpoint_weights import CheckpointWeights, parameter_shapes
-from longctx.deepspeed_setup import import_deepspeed
 from longctx.errors import CheckpointError, ConfigError, Problem, format_problems
 from longctx.hf_config import CONFIG, from_hf_config, read_hf_config, to_hf_config
 from longctx.model import ModelConfig
+from longctx.parallel.slices import ParameterSlice, parameter_slices
 from longctx.settings import parse_size, toml_tables
 from longctx.tokenizer import FileTokenizer
 
@@ -81,17 +81,24 @@ class WeightsFolder:
             shown = problems[:_LIST_AT_MOST] + ([Problem(f"and {len(more)} more like these")] if more else [])
             raise CheckpointError(format_problems(f"the weights in {self.path}", shown))
 
-    def load_into(self, model: nn.Module) -> None:
+    def load_into(self, model: nn.Module, prefix: str = "") -> None:
         """Copy every parameter into `model`, of any float dtype, one after the other; files are mapped, not read whole.
+
+        Args:
+            prefix: what its parameters' names begin with in the whole model, such as "model.layers.3."; `model` is that part.
+
+        Of a parameter that is cut over tp ranks, or a model that is one stage of a pipeline, only this rank's part is read.
 
         Raises:
             CheckpointError: a file changed meanwhile.
         """
-        wanted = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
+        wanted = {prefix + part.name: (part, parameters[name]) for name, part in parameter_slices(model).items()}
         for file in sorted(set(self._file_of.values())):
             with self._reading(file) as tensors, torch.no_grad():
                 for name in (n for n, f in self._file_of.items() if f == file and n in wanted):
-                    wanted[name].copy_(tensors.get_tensor(name))
+                    part, parameter = wanted[name]
+                    parameter.copy_(_read(tensors, name, part))
 
     def fits(self, config: ModelConfig) -> list[str]:
         """What of `config` is meant to differ: how positions turn and how far attention sees; a line for each.
@@ -179,6 +186,13 @@ class WeightsFolder:
         return [Problem(what, "set it to false there, or remove lm_head.weight")]
 
 
+def _read(tensors: Any, name: str, part: ParameterSlice) -> torch.Tensor:
+    """A part of the tensor of that name in an open safetensors file."""
+    if part.dim is None:
+        return tensors.get_tensor(name)
+    return tensors.get_slice(name)[(slice(None),) * part.dim + (slice(part.start, part.start + part.length),)]
+
+
 def export(
     checkpoint: Path | str,
     out: Path | str,
@@ -188,7 +202,7 @@ def export(
     max_position: int | None = None,
     tokenizer: str | None = None,
 ) -> list[Path]:
-    """Write a training checkpoint of any ZeRO stage and number of processes as a folder that transformers loads.
+    """Write a training checkpoint of any plan as a folder that transformers loads.
 
     The folder appears when it is complete. Memory holds one shard at a time, twice while it is written.
 
@@ -283,8 +297,6 @@ def main_export(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(
             f"--max-position {words.max_position} is not a number of tokens\n       such as 131072 or 128k"
         )
-    # DeepSpeed's classes are needed to read its files, its devices are not.
-    import_deepspeed(torch.device("cpu"))
     files = export(
         words.checkpoint,
         words.out,

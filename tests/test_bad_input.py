@@ -43,7 +43,17 @@ SETTINGS = {
     "wrong-type": (["--data.seq_len=long"], ["--data.seq_len=long is text", "expected a whole number"]),
     "wrong-choice": (["--engine.zero_stage=4"], ["engine.zero_stage = 4", "one of 0, 1, 2, 3"]),
     "world-size": (["--parallel.ring=2"], ["world size 1 is not a multiple of", "start 2 processes"]),
-    "not-there-yet": (["--parallel.tp=2"], ["tp = 2", "cannot be used yet", "ring 2"]),
+    "tensor-parallel": (
+        ["--parallel.tp=3"],
+        [
+            "num_heads 2, num_kv_heads 2 and intermediate_size 128 are no multiples of tp 3",
+            "tp 1 with ring 3; these heads and projections allow tp 1, 2",
+        ],
+    ),
+    "stages": (
+        ["--parallel.pp=5", "--engine.zero_stage=3"],
+        ["pp 5 has more stages than", "engine.zero_stage 3 with pp 5"],
+    ),
     "seq-len": (
         ["--parallel.ring=8", "--data.seq_len=7"],
         ["seq_len = 7 is less than a token for each of the 8 ranks", "use 8 or more"],

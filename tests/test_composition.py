@@ -17,7 +17,7 @@ from longctx.engine import scaled_loss
 from longctx.functional import attention
 from longctx.layout import SequenceMeta
 from longctx.masks import Causal, Documents, SlidingWindow
-from longctx.model import Transformer, _Layer
+from longctx.model import DecoderLayer, Transformer
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parity import reference_backward, shard_step
@@ -76,7 +76,7 @@ def block_pass(block: nn.Module, mesh: ParallelMesh, mask, seed: int) -> list[to
 def compile_worker(rank: int, degrees: dict[str, int], backend: str) -> dict:
     mesh = make_mesh(**degrees)
     torch.manual_seed(0)
-    blocks = nn.ModuleList(_Layer(MODEL, mesh.for_layer(i), "reference", "off") for i in range(2))
+    blocks = nn.ModuleList(DecoderLayer(MODEL, mesh.for_layer(i), "reference", "off") for i in range(2))
     for p in blocks.parameters():
         nn.init.normal_(p, std=0.2)
     said = noted(mesh)

@@ -415,16 +415,19 @@ def test_an_engine_needs_a_process_group():
 
 
 def test_a_second_set_of_processes_is_refused():
-    def mesh(*ranks):
-        return SimpleNamespace(grad=SimpleNamespace(rank=0, ranks=ranks), world_size=1, prefix="[rank 0]")
+    def mesh(*ranks, tp=(0,)):
+        axes = {name: SimpleNamespace(rank=0, ranks=of, size=len(of)) for name, of in (("grad", ranks), ("tp", tp))}
+        return SimpleNamespace(**axes, pp=SimpleNamespace(size=1), world_size=1, prefix="[rank 0]")
 
     groups = SimpleNamespace(mpu=None)
     deepspeed = SimpleNamespace(utils=SimpleNamespace(groups=groups))
     check_one_world(deepspeed, mesh(0))
     groups.mpu = FoldedWorld(mesh(0))
     check_one_world(deepspeed, mesh(0))
-    with pytest.raises(DistributedError, match=r"spans the ranks \[0\], this one \[0, 1\]"):
+    with pytest.raises(DistributedError, match=r"spans the ranks \[0\] with pp 1 and tp 1, this one \[0, 1\]"):
         check_one_world(deepspeed, mesh(0, 1))
+    with pytest.raises(DistributedError, match=r"this one \[0\] with pp 1 and tp 2"):
+        check_one_world(deepspeed, mesh(0, tp=(0, 1)))
 
 
 # ---- settings
@@ -493,6 +496,7 @@ def test_deepspeed_is_told_what_it_would_choose_silently(stage, dtype):
     assert config["communication_data_type"] == "fp32"
     assert not config["timers"]["throughput"]["enabled"]
     assert ("bf16" in config) == (dtype == "bf16")
+    assert not config["pipeline"]["use_reentrant"]
     assert config.get("data_types") == ({"grad_accum_dtype": "fp32"} if dtype == "bf16" else None)
 
 
@@ -502,6 +506,9 @@ def test_deepspeed_is_told_what_it_would_choose_silently(stage, dtype):
         ({"zero_stage": 4}, "cpu", "engine.zero_stage = 4"),
         ({"dtype": "fp16"}, "cpu", "engine.dtype = 'fp16'"),
         ({"fused": "yes"}, "cpu", "engine.fused = 'yes'"),
+        ({"offload": "disk"}, "cpu", "engine.offload = 'disk'"),
+        ({"offload": "optimizer", "zero_stage": 0}, "cpu", "engine.zero_stage 1"),
+        ({"offload": "all", "zero_stage": 2}, "cpu", "engine.zero_stage 3, or engine.offload optimizer"),
         ({"kernel": "tritn"}, "cpu", "did you mean 'triton'?"),
         ({"micro_batch_size": 0}, "cpu", "engine.micro_batch_size = 0"),
         ({"accumulation_steps": 0}, "cpu", "engine.accumulation_steps = 0"),
@@ -514,6 +521,27 @@ def test_engine_settings_that_cannot_work(settings, device, words):
     problems = EngineConfig(**settings).problems(device)
     assert len(problems) == 1
     assert words in problems[0].what + problems[0].hint
+
+
+@pytest.mark.parametrize(
+    ("settings", "plan", "words"),
+    [
+        ({"zero_stage": 2}, {"pp": 2}, "engine.zero_stage 2 with pp 2"),
+        ({"zero_stage": 3}, {"pp": 2, "ring": 2}, "or pp 1 with ring 4"),
+        ({"offload": "optimizer"}, {"pp": 2}, "engine.offload optimizer with pp 2"),
+        ({"fused": "on"}, {"tp": 2}, "engine.fused = on with tp 2"),
+        (
+            {"accumulation_steps": 3},
+            {"pp": 2, "schedule": "dualpipev"},
+            "engine.accumulation_steps 4, or schedule 1f1b",
+        ),
+    ],
+    ids=["zero2-pp2", "zero3-pp2", "offload-pp2", "fused-tp2", "accumulate3-dualpipev"],
+)
+def test_settings_that_do_not_go_with_a_plan(settings, plan, words):
+    (problem,) = EngineConfig(**settings).plan_problems(ParallelPlan(**plan))
+    assert words in problem.what + problem.hint
+    assert EngineConfig(**settings).plan_problems(ParallelPlan(ring=2)) == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

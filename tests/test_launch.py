@@ -30,7 +30,7 @@ def test_place_from_a_launcher(extra, launcher):
 
 def test_place_without_a_launcher_sets_what_deepspeed_reads():
     env = {}
-    assert Place.from_env(env) == Place(rank=0, world_size=1, local_rank=0, launcher="python")
+    assert Place.from_env(env) == Place(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="python")
     assert {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys()
     assert Place.from_env(env).launcher == "python", "reading twice changes nothing"
 

@@ -16,25 +16,50 @@ import longctx
 PACKAGE = Path(longctx.__file__).parent
 ROOT = PACKAGE.parent
 
+PURE = (
+    "parallel.plan",
+    "parallel.schedule",
+    "parallel.slices",
+    "parallel.nodes",
+    "parallel.stages",
+    "parallel.moves",
+    "parallel.cost",
+)
+
 # A module may import its own layer and those above it in this table (the lower ones). kernels and parallel are
 # directories; what is inside parallel has an order of its own.
 LAYERS = (
     ("L0", ("errors", "shapes", "masks", "padding", "balance", "layout")),
     ("L1", ("kernels",)),
-    ("L2 pure", ("parallel.plan", "parallel.schedule", "parallel.moves", "parallel.cost")),
+    ("L2 pure", PURE),
     (
         "L2 messages",
         ("parallel.journal", "parallel.agreement", "parallel.exchange", "parallel.transport", "parallel.mesh"),
     ),
     ("L2", ("parallel.ring", "parallel.operator", "parallel.direct", "parallel.routes", "parallel.gather")),
-    ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.loss")),
+    ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.tensor", "parallel.loss")),
     ("L3", ("flash", "functional")),
-    ("L4", ("attention", "rope", "model")),
+    ("L4", ("attention", "rope", "initial", "model")),
     (
         "L5 text and numbers",
         ("settings", "corpus", "tokenizer", "tokens", "data", "telemetry", "metrics", "results", "tables"),
     ),
-    ("L5 DeepSpeed", ("optim", "deepspeed_setup", "engine", "checkpoint_files", "checkpoint_folder", "checkpoint")),
+    (
+        "L5 DeepSpeed",
+        (
+            "optim",
+            "deepspeed_setup",
+            "engine_config",
+            "engine",
+            "pipeline",
+            "checkpoint_files",
+            "checkpoint_folder",
+            "checkpoint_state",
+            "checkpoint_shards",
+            "checkpoint",
+            "checkpoint_saver",
+        ),
+    ),
     ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
@@ -44,7 +69,6 @@ LAYERS = (
     ("L6 checks", ("comparison", "numerics", "broken", "parity", "check")),
     ("L6 command line", ("__main__",)),
 )
-PURE = ("parallel.plan", "parallel.schedule", "parallel.moves", "parallel.cost")
 LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}
 
 # What a module must not import, at any depth of its code: (modules, forbidden packages, why).
@@ -58,7 +82,7 @@ FORBIDDEN = (
     (("kernels",), ("torch.distributed", "deepspeed"), "a kernel knows of no other process"),
     (PURE, ("torch.distributed", "deepspeed"), "plans are decided without a GPU"),
     (
-        ("parallel", "flash", "functional", "attention", "rope", "model"),
+        ("parallel", "flash", "functional", "attention", "rope", "initial", "model"),
         ("deepspeed", "wandb"),
         "the library works without the trainer",
     ),

@@ -11,6 +11,10 @@ from longctx.errors import ConfigError, DataError, LongCtxError, ShapeError
 from longctx.kernels.fused import check_fused, use_liger
 from longctx.parallel import loss as loss_module
 from longctx.parallel.loss import LMHead, check_token_ids, linear_cross_entropy
+from longctx.parallel.mesh import ParallelMesh
+from longctx.parallel.plan import ParallelPlan
+from longctx.parallel.tensor import TensorParallel
+from longctx.testing import run_distributed
 
 LABELS = {
     "all": lambda n, v, g: torch.randint(0, v, (n,), generator=g),
@@ -289,3 +293,50 @@ def test_cuda_never_waits_for_the_device_and_stays_in_its_memory(impl):
     # One chunk, the gradient of hidden, that of weight in fp32 and in bf16, and a megabyte of small things. All logits
     # would be 2.1 GB in bf16.
     assert peak <= loss_module.CHUNK_BYTES["cuda"] + tokens * width * 2 + vocab * width * 6 + (1 << 20)
+
+
+# ---- a vocabulary shared by several ranks
+
+
+def shared_vocabulary(rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    mesh = ParallelMesh.create(ParallelPlan(tp=2), device="cpu")
+    hidden, weight, labels = shared_inputs(dtype)
+    hidden, weight = hidden.requires_grad_(), weight.chunk(2)[rank].clone().requires_grad_()
+    # Chunks of 3 of 14 tokens: the last is shorter.
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_tokens=3, tensor=TensorParallel.of(mesh))
+    (2 * loss).backward()
+    return {"loss": loss.detach(), "hidden": hidden.grad, "weight": weight.grad}
+
+
+def shared_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of several hundred, targets in both halves of the vocabulary and on their edges, some tokens without one."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = 30 * torch.randn(2, 7, 16, generator=generator, dtype=torch.float64)
+    weight = torch.randn(10, 16, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([[0, 4, 5, 9, -100, 3, 7], [-100, 5, 4, 9, 0, 1, 8]])
+    return hidden.to(dtype), weight.to(dtype), labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+def test_a_shared_vocabulary_gives_the_loss_of_the_whole(dtype):
+    parts = run_distributed(shared_vocabulary, dtype, world=2)
+    hidden, weight, labels = (x.requires_grad_(x.is_floating_point()) for x in shared_inputs(dtype))
+    loss = linear_cross_entropy(hidden, weight, labels)
+    (2 * loss).backward()
+    tolerance = {torch.float64: 1e-13, torch.bfloat16: 2**-7}[dtype]
+    got = torch.cat([part["weight"] for part in parts])
+    for name, ours, whole in (
+        ("loss", parts[0]["loss"], loss.detach()),
+        ("hidden", parts[0]["hidden"], hidden.grad),
+        ("weight", got, weight.grad),
+    ):
+        error = (ours.double() - whole.double()).norm() / whole.double().norm()
+        assert error < tolerance, f"{name}: {error:.1e}"
+    assert torch.equal(parts[0]["loss"], parts[1]["loss"])
+    assert torch.equal(parts[0]["hidden"], parts[1]["hidden"])
+
+
+def test_liger_needs_the_whole_vocabulary():
+    hidden, weight, labels = shared_inputs(torch.float32)
+    with pytest.raises(ConfigError, match="liger's loss needs the logits of the whole vocabulary"):
+        linear_cross_entropy(hidden, weight, labels, impl="liger", tensor=TensorParallel(rank=0, size=2))

@@ -31,10 +31,23 @@ RICH = [
     *("--model.softcap=20", "--model.sinks"),
     *("--parallel.layout=striped", "--engine.activation_checkpointing"),
 ]
+BF16 = ["--engine.dtype=bf16"]
 # name -> (processes, settings, mistakes). Every mistake must be seen even through bf16's rounding.
 PLANS = {
     "ring2-zero1-bf16": (2, ["--parallel.ring=2", "--engine.dtype=bf16"], "all"),
     "ring3-zero3-rich": (3, ["--parallel.ring=3", "--engine.zero_stage=3", "--data.seq_len=3k", *RICH], "hop"),
+    "tp2-ring2-zero3-bf16": (4, ["--parallel.tp=2", "--parallel.ring=2", "--engine.zero_stage=3", *BF16], "all"),
+    # An odd length is padded so that the norms' tokens can be shared.
+    "tp2-shard_norms-pp2": (
+        4,
+        ["--parallel.tp=2", "--parallel.pp=2", "--parallel.shard_norms", "--data.seq_len=2047", *BF16],
+        "tensor",
+    ),
+    "pp2-ulysses2-rich": (
+        4,
+        ["--parallel.pp=2", "--parallel.ulysses=2", "--engine.accumulation_steps=3", *RICH],
+        "labels",
+    ),
     # An odd length is padded, and each micro-batch has a layout of its own.
     "dp2-ring2-zero1-accumulate2": (
         4,
@@ -48,7 +61,8 @@ PLANS = {
 def test_right_plans_pass_and_mistakes_are_caught(name, capfd):
     """One launch a plan: the right code, then broken twins on the same processes."""
     nproc, settings, mistakes = PLANS[name]
-    twins = tuple(TWINS) if mistakes == "all" else (mistakes,)
+    plan = load_config(None, [*WORDS, *settings]).parallel.resolve(nproc)
+    twins = twins_of(mistakes, plan)
     code = main(["check", "--nproc", str(nproc), *WORDS, *settings, "--broken", mistakes])
     out, err = capfd.readouterr()
     assert code == 0, out
@@ -267,13 +281,26 @@ def test_cuda_without_enough_gpus_is_refused(monkeypatch):
 
 def test_all_means_every_mistake_that_fits():
     assert twins_of("all", ParallelPlan(dp=2)) == ("scale",)
-    assert twins_of("all", ParallelPlan(ring=2, dp=1)) == tuple(TWINS)
+    assert twins_of("all", ParallelPlan(ring=2, tp=2, dp=1)) == tuple(TWINS)
+    with pytest.raises(ConfigError, match="none of the mistakes"):
+        twins_of("all", ParallelPlan(pp=2, dp=1))
 
 
 @pytest.mark.gpu2
-def test_two_gpus(capfd):
-    words = ["check", "--nproc", "2", "--parallel.ring=2", "--data.seq_len=2k", "--model.num_kv_heads=2"]
-    code = main([*words, "--model.hidden_size=512", "--engine.zero_stage=3", "--broken", "all"])
+@pytest.mark.parametrize(
+    ("settings", "mistakes"),
+    [
+        (["--parallel.ring=2", "--engine.zero_stage=3"], "all"),
+        (["--parallel.tp=2", "--engine.zero_stage=3", "--engine.activation_checkpointing"], "all"),
+        (["--parallel.tp=2", "--parallel.shard_norms", "--engine.activation_checkpointing"], "tensor"),
+        (["--parallel.pp=2", "--engine.accumulation_steps=3", "--model.tie_embeddings"], ""),
+        (["--engine.zero_stage=3", "--engine.offload=all"], "scale"),
+    ],
+    ids=["ring2", "tp2", "tp2-shard_norms", "pp2", "dp2-offload"],
+)
+def test_two_gpus(capfd, settings, mistakes):
+    words = ["check", "--nproc", "2", *settings, "--data.seq_len=2k", "--model.num_kv_heads=2"]
+    code = main([*words, "--model.hidden_size=512", *(["--broken", mistakes] if mistakes else [])])
     out = capfd.readouterr().out
     assert code == 0, out
     assert "backend   nccl" in out

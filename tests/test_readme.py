@@ -106,6 +106,14 @@ def _python(words):
         assert args.write or args.from_run or results.main(words[2:]) == 0
 
 
+def _torchrun(words):
+    from torch.distributed.run import parse_args
+
+    agent = parse_args(words)
+    assert agent.training_script == "train.py"
+    _train(agent.training_script_args, int(agent.nproc_per_node) * int(agent.nnodes.split(":")[-1]))
+
+
 @pytest.mark.parametrize("line", COMMAND_LINES)
 def test_commands_are_there_and_take_these_arguments(line, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -120,8 +128,18 @@ def test_commands_are_there_and_take_these_arguments(line, monkeypatch, capsys):
         case "python":
             _python(words)
         case "torchrun":
-            world = int(words[words.index("--nproc-per-node") + 1])
-            _train(words[words.index("train.py") + 1 :], world)
+            _torchrun(words)
+        case "srun":
+            # One task a machine, which is torchrun's agent there.
+            assert words[words.index("--ntasks-per-node") + 1] == "1"
+            agents = words.index("torchrun")
+            assert words[words.index("--nodes") + 1] == words[words.index("--nnodes") + 1]
+            _torchrun(words[agents + 1 :])
+        case "deepspeed":
+            from deepspeed.launcher.runner import parse_args
+
+            assert parse_args(words).user_script == "train.py"
+            _train(words[words.index("train.py") + 1 :], world_size=32)
         case _:
             pytest.fail(f"no test runs {program!r}")
 

@@ -318,8 +318,15 @@ def test_every_results_file_can_be_read():
     rows = read(results.RESULTS)
     assert rows
     for r in rows:
-        assert r.name.split("/")[0] in {"attention", "train", "recall", "losses", "numerics", "sweep", "ring"}, (
-            f"{r.name} is shown in no table or figure"
-        )
+        assert r.name.split("/")[0] in {
+            "attention",
+            "train",
+            "recall",
+            "losses",
+            "faults",
+            "numerics",
+            "sweep",
+            "ring",
+        }, f"{r.name} is shown in no table or figure"
         assert r.value > 0
         assert r.source or (r.commit and r.date), f"{r}: our own figures name commit and date"

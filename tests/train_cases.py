@@ -23,7 +23,7 @@ BOUNDARIES = (((0, 6, 7, 29, 48), (0, 12, 24, 48)), ((0, 48), (0, 1, 17, 40, 48)
 
 
 def full_step(
-    step: int, *, dp: int, accumulation: int, starved: tuple[int, ...] | None = None
+    step: int, *, dp: int, accumulation: int, starved: tuple[int, ...] | None = None, seq_len: int = SEQ_LEN
 ) -> list[list[ShardedBatch]]:
     """The micro-batches of an optimizer step on whole sequences: [accumulation][dp].
 
@@ -31,9 +31,10 @@ def full_step(
 
     Args:
         starved: (dp rank, ring rank, ring world) that holds no target at all; with Ulysses, its rank and world too.
+        seq_len: between 41 and 48.
     """
     generator = torch.Generator().manual_seed(1000 + step)
-    shape = (accumulation, dp, ROWS, SEQ_LEN)
+    shape = (accumulation, dp, ROWS, seq_len)
     tokens = torch.randint(0, MODEL.vocab_size, shape, generator=generator)
     labels = torch.randint(0, MODEL.vocab_size, shape, generator=generator)
     labels[torch.rand(shape, generator=generator) < 0.3] = -100
@@ -41,15 +42,16 @@ def full_step(
         labels[-1, :, :, 7:] = -100
     if starved is not None:
         places = ("ring_rank", "ring_world", "ulysses_rank", "ulysses_world")
-        meta = SequenceMeta.of(SEQ_LEN, **dict(zip(places, starved[1:], strict=False)))
-        labels[:, starved[0], :, meta.positions] = -100
+        meta = SequenceMeta.of(seq_len, **dict(zip(places, starved[1:], strict=False)))
+        labels[:, starved[0], :, meta.positions[meta.positions < seq_len]] = -100
     targets = int((labels != -100).sum())
+    boundaries = [tuple((*of_row[:-1], seq_len) for of_row in rows) for rows in BOUNDARIES]
     return [
         [
             ShardedBatch(
                 tokens[m, d],
                 labels[m, d],
-                SequenceMeta.of(SEQ_LEN, mask=Documents(BOUNDARIES[(m + d) % 2]) & Causal()),
+                SequenceMeta.of(seq_len, mask=Documents(boundaries[(m + d) % 2]) & Causal()),
                 targets,
                 cursor=step * accumulation * dp * ROWS,
             )
@@ -71,7 +73,7 @@ class ReferenceTrainer:
         self.model = reference_model(config)
         self.optim, self.total_steps = optim, total_steps
         names = dict(self.model.named_parameters())
-        plain = [p for n, p in names.items() if "norm" in n or "embed" in n or n.endswith("bias")]
+        plain = [p for n, p in names.items() if "norm" in n or "embed" in n or n.endswith(("bias", "sinks"))]
         decayed = [p for p in names.values() if not any(p is q for q in plain)]
         self.adamw = torch.optim.AdamW(
             [{"params": decayed}, {"params": plain, "weight_decay": 0.0}],

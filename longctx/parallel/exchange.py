@@ -22,7 +22,7 @@ from longctx.parallel.journal import Journal
 
 # The only registry of live objects in this package. A custom op takes tensors, numbers and strings, so it names its
 # exchange by a handle. Entries go with their meshes.
-_EXCHANGES: WeakValueDictionary[str, RingExchange | HeadExchange] = WeakValueDictionary()
+_EXCHANGES: WeakValueDictionary[str, RingExchange | HeadExchange | TensorExchange] = WeakValueDictionary()
 _handles = itertools.count()
 # Between the name of an exchange and the layer that uses it.
 _AT = "@"
@@ -366,6 +366,102 @@ def get_head_exchange(handle: str) -> HeadExchange:
     return exchange
 
 
+class TensorExchange:
+    """Sums and maxima over the ranks that share matrices.
+
+    Args:
+        group: of the ranks, in tp order; None for one rank alone.
+        prefix: how this rank's messages to the user begin.
+
+    Attributes:
+        handle: names this exchange in a custom op's arguments; empty for one rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, *, prefix: str = "") -> None:
+        self._group = group
+        self._prefix = prefix
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.world = dist.get_world_size(group) if group is not None else 1
+        self.handle = ""
+        if group is not None:
+            self.handle = f"tensor{next(_handles)}"
+            _EXCHANGES[self.handle] = self
+
+    def all_reduce(self, x: torch.Tensor, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+        """Replace x, contiguous and of one shape and dtype on all ranks, by the sum (or maximum) of every rank's; returns it.
+
+        Raises:
+            DistributedError: a rank died, or did not answer in time.
+        """
+        if self._group is not None:
+            try:
+                dist.all_reduce(x, op=op, group=self._group)
+            except RuntimeError as error:
+                raise self._failed(error) from error
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's x, of one shape and dtype on all, in rank order.
+
+        Raises:
+            DistributedError: as `all_reduce`.
+        """
+        if self._group is None:
+            return [x]
+        gathered = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        try:
+            dist.all_gather(gathered, x.contiguous(), group=self._group)
+        except RuntimeError as error:
+            raise self._failed(error) from error
+        return gathered
+
+    def reduce_scatter(self, pieces: list[torch.Tensor]) -> torch.Tensor:
+        """The sum of every rank's `pieces[rank]`: a new tensor. `pieces`: one for each rank, contiguous, of one shape and dtype.
+
+        Raises:
+            DistributedError: as `all_reduce`.
+        """
+        if self._group is None:
+            return pieces[0].clone()
+        out = torch.empty_like(pieces[0])
+        try:
+            dist.reduce_scatter(out, pieces, group=self._group)
+        except RuntimeError as error:
+            raise self._failed(error) from error
+        return out
+
+    def warm_up(self, device: torch.device) -> None:
+        """Add up one number of everyone, so that connections are made now, in the same order on all ranks."""
+        if self._group is None:
+            return
+        heard = float(self.all_reduce(torch.full((1,), float(self.rank), device=device)))
+        if heard != self.world * (self.world - 1) / 2:
+            raise DistributedError(f"{self._prefix} first contact: the tp ranks add up to {heard:g}")
+
+    def _failed(self, error: Exception) -> DistributedError:
+        assert self._group is not None, "one rank alone sends nothing"
+        return DistributedError(
+            f"{self._prefix} a sum over the tp ranks {dist.get_process_group_ranks(self._group)} failed: {error}\n"
+            "       one of them died, hangs, or is at another place of the program: look for the first error among "
+            "all ranks"
+        )
+
+
+def get_tensor_exchange(handle: str) -> TensorExchange:
+    """The exchange of that handle; an empty handle is one rank alone.
+
+    Raises:
+        DistributedError: its mesh is gone.
+    """
+    if not handle:
+        return TensorExchange(None)
+    exchange = _EXCHANGES.get(handle)
+    if exchange is None:
+        raise _mesh_is_gone("tensor", handle)
+    assert isinstance(exchange, TensorExchange), f"{handle} is no exchange of tensor parallelism"
+    return exchange
+
+
 def at_layer(handle: str, layer: int | None) -> str:
     """A handle that says which layer of a model uses it: reports name it, in forward and in backward."""
     return handle if layer is None or not handle else f"{handle}{_AT}{layer}"
@@ -377,6 +473,7 @@ def _enter(handle: str, kind: str) -> RingExchange | HeadExchange:
     exchange = _EXCHANGES.get(name)
     if exchange is None:
         raise _mesh_is_gone(kind, name)
+    assert not isinstance(exchange, TensorExchange), f"{name} is no exchange of attention"
     exchange.journal.enter(int(layer) if layer else None)
     return exchange
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from longctx.errors import ConfigError, DataError, LongCtxError, ShapeError, did_you_mean
 from longctx.kernels import state_dtype
 from longctx.kernels.fused import check_fused, use_liger
+from longctx.parallel.exchange import get_tensor_exchange
+from longctx.parallel.tensor import ALONE, TensorParallel
 from longctx.shapes import check_shapes
 
 IGNORE = -100
@@ -31,6 +35,7 @@ def linear_cross_entropy(
     *,
     chunk_tokens: int | None = None,
     impl: LossImpl = "auto",
+    tensor: TensorParallel = ALONE,
 ) -> torch.Tensor:
     """Sum over the tokens of `-log softmax(hidden @ weight^T)[label]`.
 
@@ -45,24 +50,37 @@ def linear_cross_entropy(
         labels: int64 "...", in [0, v), or -100 for a token without a target.
         chunk_tokens: tokens whose logits exist at once; None: from a memory budget.
         impl: "torch", "liger" (CUDA, liger-kernel installed), or "auto": liger where it can be had, logged once.
+        tensor: the ranks that share the vocabulary: `weight` then is this rank's part of it, `hidden` and `labels` (ids of the
+            whole vocabulary) are the same on all of them; if they share tokens too, `hidden` is "b s/t e". Collective, with two small messages a chunk, and one of `hidden`'s
+            size in backward.
 
     Returns:
-        A scalar; 0 (still differentiable) for no tokens, or none with a target.
+        A scalar, the same on all ranks of `tensor`; 0 (still differentiable) for no tokens, or none with a target.
 
     Raises:
         ShapeError: shapes, dtypes or devices disagree.
         DataError: a label outside the vocabulary, on the CPU. On CUDA an assertion of the device, without waiting for it.
-        ConfigError: unknown impl, or "liger" where it cannot run.
+        ConfigError: unknown impl, or "liger" where it cannot run or the vocabulary is shared.
     """
     if impl not in _IMPLS:
         raise ConfigError(f"impl = {impl!r} is not a loss implementation: {did_you_mean(impl, _IMPLS)}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens = {chunk_tokens} must be at least 1")
+    if tensor.size > 1:
+        if impl == "liger":
+            raise ConfigError(
+                "liger's loss needs the logits of the whole vocabulary; with tp use impl 'auto' or 'torch'"
+            )
+        hidden = tensor.enter(hidden)
     _check(hidden, weight, labels)
-    check_token_ids(labels, weight.shape[0], what="label", ignore=IGNORE)
-    softmax = _liger_softmax if use_liger(_IMPLS[impl], hidden) else _torch_softmax
+    check_token_ids(labels, weight.shape[0] * tensor.size, what="label", ignore=IGNORE)
+    softmax: _Softmax = _torch_softmax
+    if tensor.size > 1:
+        softmax = partial(_shared_softmax, tensor)
+    elif use_liger(_IMPLS[impl], hidden):
+        softmax = _liger_softmax
     if chunk_tokens is None:
-        chunk_tokens = _default_chunk(hidden, weight.shape[0], copies=softmax is _torch_softmax)
+        chunk_tokens = _default_chunk(hidden, weight.shape[0], copies=softmax is not _liger_softmax)
     flat = hidden.reshape(-1, hidden.shape[-1])
     # An autograd Function cannot see whether gradients are wanted: in it they are always off.
     with_grad = torch.is_grad_enabled()
@@ -75,17 +93,32 @@ class LMHead(nn.Module):
     Args:
         hidden_size, vocab_size: shape of `weight`, "v e", without a bias. Uninitialised.
         fused: "auto", "on" or "off".
+        tensor: the ranks that share the vocabulary.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, *, fused: str = "auto") -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        fused: str = "auto",
+        tensor: TensorParallel = ALONE,
+    ) -> None:
         super().__init__()
         check_fused(fused)
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.tensor = tensor
+        self.weight = tensor.cut(nn.Parameter(torch.empty(tensor.part(vocab_size), hidden_size)), 0)
         self.impl = next(impl for impl, setting in _IMPLS.items() if setting == fused)
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """hidden: "b s e", labels: "b s" -> the sum of token losses, a scalar."""
-        return linear_cross_entropy(hidden, self.weight, labels, impl=self.impl)  # type: ignore[arg-type]
+        return linear_cross_entropy(
+            hidden,
+            self.weight,
+            labels,
+            impl=self.impl,  # type: ignore[arg-type]
+            tensor=self.tensor,
+        )
 
 
 def check_token_ids(ids: torch.Tensor, vocab_size: int, *, what: str, ignore: int | None = None) -> None:
@@ -164,6 +197,30 @@ def _torch_softmax(logits: torch.Tensor, labels: torch.Tensor, with_grad: bool) 
     if with_grad:
         x.div_(total).scatter_add_(1, index, x.new_full(index.shape, -1.0))
         # Not a product with 0: a token without a target gives no gradient even where its logits are not finite.
+        x.masked_fill_(~valid, 0.0)
+        if x is not logits:
+            logits.copy_(x)
+    return loss
+
+
+def _shared_softmax(
+    tensor: TensorParallel, logits: torch.Tensor, labels: torch.Tensor, with_grad: bool
+) -> torch.Tensor:
+    """`_torch_softmax` where the logits are this rank's part of the vocabulary: the maxima, and then the sums of the
+    exponentials with the targets' logits, go over the ranks.
+    """
+    exchange = get_tensor_exchange(tensor.exchange)
+    x = logits.to(state_dtype(logits.dtype))
+    valid = (labels != IGNORE)[:, None]
+    index = labels[:, None] - tensor.rank * logits.shape[1]
+    is_mine = valid & (index >= 0) & (index < logits.shape[1])
+    index = index.masked_fill(~is_mine, 0)
+    x.sub_(exchange.all_reduce(x.amax(-1, keepdim=True), op=dist.ReduceOp.MAX))
+    target = x.gather(1, index).masked_fill_(~is_mine, 0.0)
+    total, target = exchange.all_reduce(torch.stack([x.exp_().sum(-1, keepdim=True), target]))
+    loss = (total.log() - target).masked_fill_(~valid, 0.0).sum()
+    if with_grad:
+        x.div_(total).scatter_add_(1, index, is_mine.to(x.dtype).neg())
         x.masked_fill_(~valid, 0.0)
         if x is not logits:
             logits.copy_(x)

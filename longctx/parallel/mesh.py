@@ -13,16 +13,16 @@ import torch.distributed as dist
 
 from longctx.errors import DistributedError
 from longctx.parallel.agreement import Agreement
-from longctx.parallel.exchange import HeadExchange, Link, RingExchange, at_layer
+from longctx.parallel.exchange import HeadExchange, Link, RingExchange, TensorExchange, at_layer
 from longctx.parallel.journal import Journal
 from longctx.parallel.plan import Coords, ParallelPlan
 from longctx.parallel.transport import are_in_one_node, ring_link
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
-_AXES = ("ring", "ulysses", "sp", "dp", "grad")
-# Their groups are never shared: reductions of gradients run during the backward pass and would stand in attention's way.
-_OF_ATTENTION = ("ring", "ulysses")
+_AXES = ("ring", "ulysses", "tp", "sp", "dp", "grad", "pp")
+# Their groups are never shared: reductions of gradients run during the backward pass and would stand in the layers' way.
+_OF_LAYERS = ("ring", "ulysses", "tp")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Axis:
     """One axis of the mesh, as one rank sees it.
 
     Args:
-        name: ring, ulysses, sp, dp or grad.
+        name: ring, ulysses, tp, sp, dp, grad or pp.
         rank: this process's place on the axis.
         ranks: the global ranks on it, in axis order.
         group: their process group; None for an axis of one.
@@ -56,6 +56,8 @@ class ParallelMesh:
         sp: the processes that share one sequence: ring x ulysses, in the order ring_rank * ulysses + ulysses_rank.
         dp: those that hold the same part of different sequences.
         grad: dp x sp, over which gradients are averaged and losses summed.
+        tp: those that share each matrix. Its group carries what layers send and nothing else.
+        pp: those that hold the same tokens in the stages of a pipeline, from the first to the last.
 
     Several meshes may live in one process. Make one with `ParallelMesh.create`, at the same place of the program on every
     rank.
@@ -83,7 +85,7 @@ class ParallelMesh:
         self.world_size = plan.world_size
         self.coords = plan.coords(rank)
         self.device = device
-        self.ring, self.ulysses, self.sp, self.dp, self.grad = (
+        self.ring, self.ulysses, self.tp, self.sp, self.dp, self.grad, self.pp = (
             Axis(name, ranks.index(rank), ranks, groups.get(name))
             for name in _AXES
             for ranks in [_axis_ranks(plan, name, self.coords)]
@@ -104,6 +106,7 @@ class ParallelMesh:
             link, prefix=self.prefix, grad_dtype=grad_dtype or plan.wire_dtype, journal=self.journal
         )
         self._head_exchange = HeadExchange(self.ulysses.group, prefix=self.prefix, journal=self.journal)
+        self._tensor_exchange = TensorExchange(self.tp.group, prefix=self.prefix)
 
     @classmethod
     def create(
@@ -160,6 +163,7 @@ class ParallelMesh:
         )
         mesh.exchange.warm_up(device)
         mesh.head_exchange.warm_up(device)
+        mesh.tensor_exchange.warm_up(device)
         mesh.journal.discard()
         return mesh
 
@@ -188,6 +192,11 @@ class ParallelMesh:
     def head_handle(self) -> str:
         """What an operator gets to find `head_exchange`."""
         return at_layer(self._head_exchange.handle, self._layer)
+
+    @property
+    def tensor_exchange(self) -> TensorExchange:
+        """The exchange of this process's tp ranks, the same object every time."""
+        return self._tensor_exchange
 
     @property
     def prefix(self) -> str:
@@ -243,6 +252,8 @@ def _axis_ranks(plan: ParallelPlan, name: str, at: Coords) -> tuple[int, ...]:
         "sp": sp,
         "dp": [replace(at, dp=d) for d in range(plan.dp)],
         "grad": [replace(c, dp=d) for d in range(plan.dp) for c in sp],
+        "tp": [replace(at, tp=t) for t in range(plan.tp)],
+        "pp": [replace(at, pp=p) for p in range(plan.pp)],
     }[name]
     return tuple(plan.rank_of(c) for c in places)
 
@@ -267,7 +278,7 @@ def _make_groups(
         for ranks in _all_axes(plan, name):
             if len(ranks) == 1:
                 group = None
-            elif name in _OF_ATTENTION:
+            elif name in _OF_LAYERS:
                 group = _new_group(ranks, device, timeout, is_urgent=True)
             else:
                 if ranks not in made:

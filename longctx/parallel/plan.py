@@ -8,13 +8,16 @@ A rank's place follows one rule, with tensor parallelism innermost and pipeline 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from longctx.errors import LongCtxError, PlanError, Problem, did_you_mean, format_problems
-from longctx.layout import SequenceLayout, SequenceMeta, get_layout, layout_names
+from longctx.layout import SequenceLayout, SequenceMeta, get_layout, layout_names, shard_multiple
+
+SCHEDULES = ("1f1b", "dualpipev")
 
 # The token spans of a rank that `describe` writes out before it only counts them.
 SHOWN_SPANS = 4
@@ -22,9 +25,6 @@ SHOWN_SPANS = 4
 # Values of `strategy` and `transport`, explained at `ParallelPlan`.
 STRATEGIES = ("auto", "relay", "direct", "gather")
 TRANSPORTS = ("auto", "nccl", "copy_engine")
-
-# Degrees that a plan may name but that nothing implements yet, with what they are.
-_NOT_YET = {"pp": "pipeline stages", "tp": "tensor parallelism"}
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ class ParallelPlan:
 
     Args:
         dp: replicas that read different samples. None: whatever the world leaves, filled in by `resolve`.
-        pp: pipeline stages.
+        pp: pipeline stages, each a run of the model's layers; micro-batches are what keeps all of them busy.
         ring: processes that share one sequence and pass keys and values round a ring.
         ulysses: processes that share one sequence by exchanging it for heads, around the ring's attention: each ring rank
             is that many processes. Must divide the query heads; key heads are divided, or repeated where they are fewer.
-        tp: processes that share each weight matrix.
+        tp: processes that share each weight matrix; they hold the same tokens. Must divide the query heads, the key heads, the
+            features of the SwiGLU and the vocabulary; Ulysses then divides the heads that are left.
         layout: which positions of a sequence each ring rank holds, by name; "auto": for each batch's mask the layout that is
             fastest for it.
         strategy: how the ranks of a ring get to see each other's keys: "relay", "direct", "gather", or "auto": what is
@@ -60,6 +61,13 @@ class ParallelPlan:
             node, through each other's memory), or "auto": the copy engine where it can be had, logged with the reason.
         grad_dtype: of key and value gradients on the ring's wire: as they are summed, or in half the bytes, rounded at each
             hop.
+        schedule: of the pipeline's micro-batches. "1f1b": one forward, one backward in turn. "dualpipev": each process holds two
+            stages, one from the front and one from the back, and is idle for less of a step; it keeps the activations of more
+            micro-batches, and needs at least 2 pp of them.
+        shard_norms: with tp, each of its ranks computes norms and residuals for a part of their tokens only. Activations kept
+            for backward and sent between stages are divided by tp; with activation checkpointing, two messages more a layer.
+        allow_across_nodes: let the processes of one tp or ulysses group be on several machines, whose network is many times
+            slower than what connects the GPUs of one. Refused otherwise.
 
     The default is one process; a degree of 1 leaves its axis out.
     """
@@ -72,6 +80,9 @@ class ParallelPlan:
     layout: str = "zigzag"
     strategy: str = "auto"
     transport: str = "auto"
+    schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    shard_norms: bool = False
+    allow_across_nodes: bool = False
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
 
     @property
@@ -90,9 +101,28 @@ class ParallelPlan:
         return self.pp * self.grad_world * self.tp
 
     @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline: one, or two, on each process of the pp axis."""
+        return self.pp * (2 if self.schedule == "dualpipev" else 1)
+
+    def stages_of(self, pp_rank: int) -> tuple[int, ...]:
+        """The stages that a process of the pp axis holds."""
+        return (pp_rank,) if self.schedule == "1f1b" else (pp_rank, self.num_stages - 1 - pp_rank)
+
+    @property
     def sequence_layout(self) -> SequenceLayout:
         """The layout that `layout` names."""
         return get_layout(self.layout)
+
+    @property
+    def local_multiple(self) -> int:
+        """What the tokens of each rank must be a multiple of, beyond what the layout needs."""
+        return self.tp if self.shard_norms else 1
+
+    @property
+    def seq_multiple(self) -> int:
+        """What a sequence is padded to a multiple of."""
+        return shard_multiple(self.sequence_layout, self.ring, self.ulysses, self.local_multiple)
 
     @property
     def wire_dtype(self) -> torch.dtype | None:
@@ -107,7 +137,8 @@ class ParallelPlan:
 
     def __str__(self) -> str:
         dp = "rest" if self.dp is None else self.dp
-        return f"dp {dp}, pp {self.pp}, ring {self.ring}, ulysses {self.ulysses}, tp {self.tp}"
+        norms = ", norms sharded" * self.shard_norms
+        return f"dp {dp}, pp {self.pp}, ring {self.ring}, ulysses {self.ulysses}, tp {self.tp}{norms}"
 
     def problems(self) -> list[Problem]:
         """What is wrong with the plan whatever the model, the sequence and the world: impossible or unavailable degrees."""
@@ -119,15 +150,12 @@ class ParallelPlan:
                 found.append(Problem(f"{name} = {degree}: a degree is at least 1", hint or f"{name} 1 leaves it out"))
         if found:
             return found
-        for name, what in _NOT_YET.items():
-            if getattr(self, name) > 1:
-                ring = self.ring * self.ulysses * self.tp * self.pp
-                found.append(
-                    Problem(
-                        f"{name} = {getattr(self, name)}: {what} cannot be used yet",
-                        f"ring {ring} with pp 1, ulysses 1, tp 1 splits the sequence over the same processes",
-                    )
-                )
+        if self.schedule not in SCHEDULES:
+            found.append(Problem(f"unknown schedule {self.schedule!r}: {did_you_mean(self.schedule, SCHEDULES)}"))
+        elif self.schedule != "1f1b" and self.pp == 1:
+            found.append(Problem(f"schedule = {self.schedule}, but there is no pipeline", "schedule 1f1b, or pp 2"))
+        if self.shard_norms and self.tp == 1:
+            found.append(Problem("shard_norms = true, but there is no tp to share norms", "shard_norms false, or tp 2"))
         if self.layout not in layout_names():
             try:
                 get_layout(self.layout)
@@ -147,14 +175,43 @@ class ParallelPlan:
             )
         return found
 
-    def check(self, *, num_heads: int, num_kv_heads: int, seq_len: int) -> list[Problem]:
+    def check(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        seq_len: int,
+        num_layers: int | None = None,
+        mlp_size: int | None = None,
+        vocab_size: int | None = None,
+    ) -> list[Problem]:
         """Everything that keeps this plan from training such a model on such sequences; empty if nothing does.
 
         Args:
-            num_heads, num_kv_heads: of the whole model.
+            num_heads, num_kv_heads, num_layers, mlp_size, vocab_size: of the whole model; None: not asked about.
             seq_len: global length S.
         """
         found = self.problems()
+        if num_layers is not None and 1 <= num_layers < self.num_stages:
+            each = self.num_stages // self.pp
+            fewer = max(n for n in range(1, max(1, num_layers // each) + 1) if self.pp * self.ring % n == 0)
+            twice = f" with schedule {self.schedule}" * (each > 1)
+            found.append(
+                Problem(
+                    f"pp {self.pp}{twice} has more stages than the model has layers, {num_layers}",
+                    f"nearest for the same processes: pp {fewer} with ring {self.ring * self.pp // fewer}",
+                )
+            )
+        found += tensor_problems(
+            self.tp,
+            self.ring,
+            {
+                "num_heads": num_heads,
+                "num_kv_heads": num_kv_heads,
+                "intermediate_size": mlp_size,
+                "vocab_size": vocab_size,
+            },
+        )
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
             found.append(
@@ -163,8 +220,11 @@ class ParallelPlan:
                     f"num_kv_heads may be {', '.join(map(str, divisors))}",
                 )
             )
-        elif min(self.ring, self.ulysses) >= 1:
-            found += ulysses_problems(num_heads, num_kv_heads, ulysses=self.ulysses, ring=self.ring)
+        elif min(self.ring, self.ulysses, self.tp) >= 1 and num_heads % self.tp == num_kv_heads % self.tp == 0:
+            # Ulysses divides the heads that a tp rank has.
+            found += ulysses_problems(
+                num_heads // self.tp, num_kv_heads // self.tp, ulysses=self.ulysses, ring=self.ring, tp=self.tp
+            )
         if self.sp >= 1 and seq_len < self.sp:
             found.append(
                 Problem(
@@ -229,8 +289,12 @@ class ParallelPlan:
         sp = coords.ring * self.ulysses + coords.ulysses
         return ((coords.pp * self._resolved_dp + coords.dp) * self.sp + sp) * self.tp + coords.tp
 
-    def describe(self, seq_len: int | None = None) -> str:
-        """Who is where, one line a rank; with `seq_len`, also the token positions that each rank holds under a causal mask.
+    def describe(self, seq_len: int | None = None, layers: Sequence[range] | None = None) -> str:
+        """Who is where, one line a rank, and with whom.
+
+        Args:
+            seq_len: with it, also the token positions that each rank holds under a causal mask.
+            layers: of each stage; with it, also the layers that each rank holds.
 
         Raises:
             PlanError: dp is not known yet, or there is no `seq_len` to cut.
@@ -250,27 +314,77 @@ class ParallelPlan:
                     ring_world=self.ring,
                     ulysses_rank=coords.ulysses,
                     ulysses_world=self.ulysses,
+                    local_multiple=self.local_multiple,
                 )
                 real = meta.positions[meta.positions < seq_len]
                 line += f"  tokens {_spans(real)}" if len(real) else "  tokens none"
                 line += f", {meta.local_len - len(real)} of padding" * (len(real) < meta.local_len)
-            lines.append(line)
+            if layers is not None:
+                held = []
+                for stage in self.stages_of(coords.pp):
+                    of_stage = f"{layers[stage].start}-{layers[stage].stop - 1}"
+                    of_stage += " and embedding" * (stage == 0) + " and head" * (stage == self.num_stages - 1)
+                    held.append(of_stage)
+                line += f"  layers {', '.join(held)}"
+            lines.append(line + self._peers(coords))
         return "\n".join(lines)
 
+    def _peers(self, at: Coords) -> str:
+        """The ranks on each axis through `at` that has more than one, as text."""
+        sizes = {"tp": self.tp, "ulysses": self.ulysses, "ring": self.ring, "dp": self._resolved_dp, "pp": self.pp}
+        found = [
+            f"{axis} {','.join(str(self.rank_of(replace(at, **{axis: i}))) for i in range(size))}"
+            for axis, size in sizes.items()
+            if size > 1
+        ]
+        return f"  with {'; '.join(found)}" if found else ""
 
-def ulysses_problems(num_heads: int, num_kv_heads: int, *, ulysses: int, ring: int) -> list[Problem]:
+
+def tensor_problems(tp: int, ring: int, sizes: dict[str, int | None]) -> list[Problem]:
+    """What keeps `tp` ranks from sharing matrices of such sizes, with what would work.
+
+    Args:
+        ring: what fewer of them could be made up for by.
+        sizes: what is divided among the ranks, by name; None: not asked about.
+    """
+    asked = {name: size for name, size in sizes.items() if size is not None and size >= 1}
+    if tp <= 1 or all(size % tp == 0 for size in asked.values()):
+        return []
+    # More heads or another model are seldom a choice, a longer vocabulary is: it needs rows that no token uses.
+    fixed = [size for name, size in asked.items() if name != "vocab_size"]
+    degrees = [t for t in range(1, min(asked.values()) + 1) if all(size % t == 0 for size in fixed)]
+    wrong = [f"{name} {size:_}" for name, size in asked.items() if size % tp]
+    hints = []
+    if tp not in degrees:
+        nearest = max(t for t in degrees if t < tp and tp * ring % t == 0)
+        hints.append(
+            f"nearest for the same processes: tp {nearest} with ring {tp * ring // nearest}; these heads and projections "
+            f"allow tp {', '.join(map(str, degrees))}"
+        )
+    if asked.get("vocab_size", 0) % tp:
+        hints.append(f"model.vocab_size {-(-asked['vocab_size'] // tp) * tp:_} is a multiple of {tp}")
+    verb = "is not a multiple" if len(wrong) == 1 else "are no multiples"
+    what = " and ".join([", ".join(wrong[:-1]), wrong[-1]]) if wrong[1:] else wrong[0]
+    return [Problem(f"{what} {verb} of tp {tp}", "; ".join(hints))]
+
+
+def ulysses_problems(num_heads: int, num_kv_heads: int, *, ulysses: int, ring: int, tp: int = 1) -> list[Problem]:
     """What keeps Ulysses of that degree from dividing such heads, with the nearest degrees that would.
 
     Every rank gets as many query heads as the others, and whole key heads that serve just these: query heads must be a
     multiple of the degree, and key heads a multiple of it or a divisor.
+
+    Args:
+        num_heads, num_kv_heads: that each of the `tp` ranks that share the heads has.
     """
     if _heads_divide(num_heads, num_kv_heads, ulysses):
         return []
+    each = f" of each of {tp} tp ranks" if tp > 1 else ""
     if num_heads % ulysses:
-        what = f"num_heads {num_heads} is not a multiple of ulysses {ulysses}"
+        what = f"num_heads {num_heads}{each} is not a multiple of ulysses {ulysses}"
     else:
         what = (
-            f"num_kv_heads {num_kv_heads} and ulysses {ulysses}: neither is a multiple of the other, so ranks would need "
+            f"num_kv_heads {num_kv_heads}{each} and ulysses {ulysses}: neither is a multiple of the other, so ranks would need "
             "different numbers of key heads"
         )
     sp = ring * ulysses

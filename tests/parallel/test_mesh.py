@@ -11,7 +11,7 @@ from longctx.parallel.mesh import Axis, ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.testing import run_distributed
 
-AXES = ("ring", "ulysses", "sp", "dp", "grad")
+AXES = ("ring", "ulysses", "tp", "sp", "dp", "grad", "pp")
 
 
 def _axes(mesh: ParallelMesh) -> dict[str, Axis]:
@@ -38,13 +38,14 @@ def _neighbours(mesh: ParallelMesh) -> list[int]:
 def mesh_worker(rank: int) -> dict:
     found = {}
     meshes = {}
-    # Five meshes in one process, alive together.
+    # Six meshes in one process, alive together.
     for name, plan in {
         "dp2_ring2": ParallelPlan(ring=2),
         "ring4": ParallelPlan(ring=4, layout="striped", grad_dtype="bf16"),
         "dp4": ParallelPlan(),
         "ring2_ulysses2": ParallelPlan(ring=2, ulysses=2),
         "ulysses4": ParallelPlan(ulysses=4),
+        "pp2_tp2": ParallelPlan(pp=2, tp=2),
     }.items():
         meshes[name] = ParallelMesh.create(plan, device="cpu")
     for name, mesh in meshes.items():
@@ -61,8 +62,8 @@ def mesh_worker(rank: int) -> dict:
             "dp": mesh.plan.dp,
             "shares_group": [
                 (a.name, b.name)
-                for a in (mesh.ring, mesh.ulysses)
-                for b in (mesh.ring, mesh.ulysses, mesh.sp, mesh.dp, mesh.grad)
+                for a in (mesh.ring, mesh.ulysses, mesh.tp)
+                for b in _axes(mesh).values()
                 if a is not b and a.group is not None and a.group is b.group
             ],
         }
@@ -93,7 +94,7 @@ def test_axes(found):
     assert found[3]["dp2_ring2"]["prefix"] == "[rank 3 | dp1 pp0 ring1 uly0 tp0]"
 
 
-@pytest.mark.parametrize("name", ["dp2_ring2", "ring4", "dp4", "ring2_ulysses2", "ulysses4"])
+@pytest.mark.parametrize("name", ["dp2_ring2", "ring4", "dp4", "ring2_ulysses2", "ulysses4", "pp2_tp2"])
 def test_groups_connect_the_ranks_of_their_axis(found, name):
     for f in found:
         assert f[name]["sums"] == {axis: sum(10**r for r in ranks) for axis, ranks in f[name]["ranks"].items()}
@@ -127,6 +128,13 @@ def test_ulysses_ranks_are_neighbours_and_each_is_on_a_ring_of_its_own(found):
     assert [f["ulysses4"]["places"]["ulysses"] for f in found] == [0, 1, 2, 3]
 
 
+def test_tp_ranks_are_neighbours_and_stages_lie_far_apart(found):
+    ranks = [f["pp2_tp2"]["ranks"] for f in found]
+    assert [r["tp"] for r in ranks] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert [r["pp"] for r in ranks] == [(0, 2), (1, 3), (0, 2), (1, 3)]
+    assert [r["grad"] for r in ranks] == [(0,), (1,), (2,), (3,)]
+
+
 def test_every_rank_refuses_a_plan_that_does_not_fit(found):
     assert {f["refused"] for f in found} == {found[0]["refused"]}
     assert "world size 4 is not a multiple" in found[0]["refused"]
@@ -150,8 +158,3 @@ def test_several_processes_need_one():
         ParallelMesh.create(ParallelPlan(ring=2), device="cpu")
     with pytest.raises(DistributedError, match="torchrun"):
         ParallelMesh.create(ParallelPlan(dp=2), device="cpu")
-
-
-def test_what_is_not_there_yet_is_refused():
-    with pytest.raises(PlanError, match="ring 2 with pp 1"):
-        ParallelPlan(tp=2).resolve(2)
