@@ -33,10 +33,10 @@ def init_parameter(name: str, parameter: nn.Parameter, config: ModelConfig, seed
     else:
         residual_std = config.init_std / math.sqrt(2 * config.num_layers)
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        # On the CPU wherever the parameter is: other devices draw other numbers from the same seed.
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         part = slice_of(name, parameter)
-        whole = parameter if part.dim is None else parameter.new_empty(part.full_shape)
+        whole = torch.empty(part.full_shape, dtype=parameter.dtype)
         whole.normal_(0.0, residual_std if is_residual else config.init_std, generator=generator)
-        if part.dim is not None:
-            parameter.copy_(part.take(whole))
+        parameter.copy_(whole if part.dim is None else part.take(whole))

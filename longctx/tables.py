@@ -187,6 +187,24 @@ def with_unit(row: Measurement) -> str:
     return f"{row.value:.1f} {row.unit}"
 
 
+def context_parallel_table(rows: Sequence[Measurement]) -> str:
+    """Forward / forward+backward TFLOP/s per GPU of attention over several GPUs: a row a shape, a column a way to do it."""
+    rows = latest([row for row in rows if row.name.startswith("ring/")])
+    if not rows:
+        return "Not measured yet."
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = row.value
+    systems = list(dict.fromkeys(system for _, system in cells))
+    body = []
+    for config in dict.fromkeys(config for config, _ in cells):
+        found = [cells.get((config, system), {}) for system in systems]
+        rates = [[got[m] for m in ("forward", "forward+backward") if m in got] for got in found]
+        body.append([config, *(" / ".join(f"{x:.0f}" for x in of_system) or "-" for of_system in rates)])
+    table = markdown(["batch x length, heads, mask", *systems], body)
+    return f"{_provenance(rows)}; TFLOP/s per GPU forward / forward+backward, bf16\n\n{table}"
+
+
 def ring_table(rows: Sequence[Measurement]) -> str:
     """What a ring costs: the same model and sequence on several GPUs beside one of them, in speed and in losses."""
     rows = latest(rows)
@@ -274,6 +292,7 @@ TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
     "attention": attention_table,
     "training": training_table,
     "ring": ring_table,
+    "context-parallel": context_parallel_table,
     "recall": recall_table,
     "faults": faults_table,
     "numerics": numerics_table,

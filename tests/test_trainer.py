@@ -116,7 +116,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_until_the_last(tmp_pat
 @pytest.mark.parametrize(("launcher", "axis"), [("torchrun", "ring"), ("deepspeed", "ring"), ("torchrun", "ulysses")])
 def test_a_launcher_with_two_processes_trains_as_one_process_does(launcher, axis, alone, tmp_path):
     config = write_config(tmp_path)
-    done = train(launcher, 2, "--config", config, f"--parallel.{axis}=2")
+    done = train(launcher, 2, "--config", config, f"--parallel.{axis}=2", "--parallel.strategy=relay")
     assert done.returncode == 0, done.stdout
     assert f"started by {launcher}" in done.stdout
     assert len(re.findall(r"^done ", done.stdout, re.M)) == 1, "only one process speaks"

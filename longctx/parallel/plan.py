@@ -57,8 +57,8 @@ class ParallelPlan:
             fastest for it.
         strategy: how the ranks of a ring get to see each other's keys: "relay", "direct", "gather", or "auto": what is
             estimated to be fastest, logged with the reason.
-        transport: what carries the messages of a ring: "nccl" (gloo on CPUs), "copy_engine" (GPUs of one
-            node, through each other's memory), or "auto": the copy engine where it can be had, logged with the reason.
+        transport: what carries the messages of a ring: "nccl" (gloo on CPUs), "copy_engine" (GPUs of one node, through each
+            other's memory), or "auto": NCCL, which was measured as fast.
         grad_dtype: of key and value gradients on the ring's wire: as they are summed, or in half the bytes, rounded at each
             hop.
         schedule: of the pipeline's micro-batches. "1f1b": one forward, one backward in turn. "dualpipev": each process holds two
