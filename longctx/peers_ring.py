@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longctx.errors import DistributedError, PlanError
 from longctx.functional import attention, context_parallel_attention
-from longctx.layout import SequenceMeta
+from longctx.layout import SequenceMeta, get_layout
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.peers import Case, Unavailable
@@ -95,6 +95,13 @@ class OurStrategy(RingContender):
         self.title = f"ours: {strategy}, {transport}"
         self.strategy = strategy
         self._plan = ParallelPlan(transport=transport)
+
+    def meta(self, case: Case, ranks: Ranks) -> SequenceMeta:
+        """In the layout that the library takes for this mask."""
+        layout = get_layout("auto")
+        return SequenceMeta.of(
+            case.seq_len, mask=case.rule, layout=layout, ring_rank=ranks.rank, ring_world=ranks.world
+        )
 
     def prepare(self, case: Case, ranks: Ranks) -> contextlib.AbstractContextManager[Attend]:
         try:

@@ -39,10 +39,13 @@ class Wrong(RingContender):
 
     def __init__(self, spoil):
         self.spoil = spoil
+        self.ours = next(c for c in ring_contenders(["auto"]) if c.name == "direct-auto")
+
+    def meta(self, case, ranks):
+        return self.ours.meta(case, ranks)
 
     def prepare(self, case, ranks):
-        ours = next(c for c in ring_contenders(["auto"]) if c.name == "direct-auto")
-        return contextlib.nullcontext(lambda q, k, v: self.spoil(ours.prepare(case, ranks).__enter__()(q, k, v)))
+        return contextlib.nullcontext(lambda q, k, v: self.spoil(self.ours.prepare(case, ranks).__enter__()(q, k, v)))
 
 
 class Refusing(Wrong):
