@@ -118,19 +118,24 @@ def kernel_rules(rows: Sequence[Measurement]) -> dict[tuple[int, int], Table]:
     """What `longctx.kernels.choice.MEASURED` should say by these measurements.
 
     A shape that was measured with several batch sizes or numbers of heads has the mean of their speeds, over the cases that
-    every kernel of the shape has.
+    every kernel of the shape has. Where our call around cuDNN was not measured, its forward has the speed of torch's: the last
+    block's is the same call. Its backward adds sums and casts of ours, so nothing is said of that one.
     """
     speeds: dict[tuple, dict[str, dict[str, float]]] = {}
     for row in latest(rows):
         kernel = row.name.split("/", 1)[1] if row.name.startswith(("attention/", "sweep/")) else ""
         case = AttentionCase.of(row)
-        if row.gpu not in _DECIDING_GPUS or kernel not in kernel_names() or case is None:
+        is_stand_in = (kernel, row.metric) == ("cudnn-torch", "forward")
+        if row.gpu not in _DECIDING_GPUS or case is None or not (is_stand_in or kernel in kernel_names()):
             continue
         if row.metric not in ("forward", "backward"):
             continue
         shape = case.head_dim, _BLOCK_KINDS[case.mask], case.length
         by_kernel = speeds.setdefault((_DECIDING_GPUS[row.gpu], shape, row.metric), {})
-        by_kernel.setdefault(kernel, {})[row.config] = row.value
+        if is_stand_in:
+            by_kernel.setdefault("cudnn", {}).setdefault(row.config, row.value)
+        else:
+            by_kernel.setdefault(kernel, {})[row.config] = row.value
     found: dict[tuple[int, int], Table] = {}
     for (capability, shape, metric), by_kernel in sorted(speeds.items()):
         common = set.intersection(*(set(cases) for cases in by_kernel.values()))

@@ -24,7 +24,11 @@ _RUNS_AS = {"full": "full", "rectangle": "full", "causal": "band", "band": "band
 # (direction, dtype, padded head dim, what it runs as) of every kernel that was held against float64 on a GPU (an H100, Triton
 # 3.6.0). A wrong barrier hangs instead of failing, so nothing else is launched for a user; the tests on GPUs launch the rest.
 VALIDATED: frozenset[tuple[str, torch.dtype, int, str]] = frozenset(
-    itertools.product(("forward", "backward"), (torch.bfloat16, torch.float16), _PADDED, ("full", "band", "rows"))
+    launched
+    for launched in itertools.product(
+        ("forward", "backward"), (torch.bfloat16, torch.float16), _PADDED, ("full", "band", "rows")
+    )
+    if (launched[:2], launched[3]) != (("backward", torch.float16), "full")
 )
 
 

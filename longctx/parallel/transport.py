@@ -142,13 +142,13 @@ def ring_link(
     link: Link | None = None
     if transport == "nccl":
         reason = "as asked for"
-    elif transport == "auto":
-        # Two H200, 16k to 128k tokens: within the noise of each other, and copy engines take two slots of the largest message.
-        reason = "measured as fast as copy engines, without their buffers"
     elif device.type != "cuda" or torch.version.hip is not None:
         reason = f"{device.type} has no copy engines that longctx knows"
     elif not in_one_node:
         reason = "the ring spans several machines, whose GPUs do not see each other's memory"
+    elif transport == "auto":
+        # Two H200, 16k to 128k tokens: within the noise of each other, and copy engines take two slots of the largest message.
+        reason = "measured as fast as copy engines, without their buffers"
     else:
         link, reason = _try_copy_engine(group, device, timeout)
     if link is None and transport == "copy_engine":

@@ -146,7 +146,8 @@ def gpu_cases() -> list[Case]:
             batch = 2 if visible == "rows_per_sequence" else 1
             cases.append(Case("hopper", "bfloat16", visible, 333, 333, 4, 1, dim, batch=batch))
         d = Case("hopper", "bfloat16", "causal", 256, 256, 2, 2, dim, batch=2)
-        cases += [replace(d, dtype="float16"), replace(d, heads=8, kv_heads=1), replace(d, heads=8, kv_heads=2)]
+        cases += [replace(d, dtype="float16"), replace(d, dtype="float16", visible="full")]
+        cases += [replace(d, heads=8, kv_heads=1), replace(d, heads=8, kv_heads=2)]
         cases += [replace(d, visible="full"), replace(d, sq=200, sk=77, visible="full"), replace(d, sq=1, sk=300)]
         cases += [replace(d, blocks=3, sq=300, sk=300), replace(d, blocks=3, visible="rows_per_sequence")]
         cases += [replace(d, softcap=2.0), replace(d, amplitude=50.0, visible="full"), replace(d, strided=True)]
