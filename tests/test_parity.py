@@ -63,6 +63,7 @@ def test_right_plans_pass_and_mistakes_are_caught(name, capfd):
     nproc, settings, mistakes = PLANS[name]
     plan = load_config(None, [*WORDS, *settings]).parallel.resolve(nproc)
     twins = twins_of(mistakes, plan)
+    others = multiprocessing.active_children()
     code = main(["check", "--nproc", str(nproc), *WORDS, *settings, "--broken", mistakes])
     out, err = capfd.readouterr()
     assert code == 0, out
@@ -79,7 +80,7 @@ def test_right_plans_pass_and_mistakes_are_caught(name, capfd):
         assert any("NO:" in line for line in block.splitlines() if line.startswith("gradients "))
     assert "train.device = cpu" in out
     assert f"starting {nproc} processes" in err
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(others)
 
 
 def test_without_a_ring_and_without_twins(capfd):

@@ -25,7 +25,7 @@ def by_id(cases: list[Case]):
     return pytest.mark.parametrize("case", cases, ids=[case.id for case in cases])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def interpreter():
     """Call a function of `block_cases` in a process whose Triton kernels are interpreted, which is decided at import."""
     pool = ProcessPoolExecutor(
