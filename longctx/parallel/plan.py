@@ -16,6 +16,7 @@ import torch
 
 from longctx.errors import LongCtxError, PlanError, Problem, did_you_mean, format_problems
 from longctx.layout import SequenceLayout, SequenceMeta, get_layout, layout_names, shard_multiple
+from longctx.parallel.degrees import chunk_problems, tensor_problems, ulysses_problems
 
 SCHEDULES = ("1f1b", "dualpipev")
 
@@ -51,6 +52,9 @@ class ParallelPlan:
         ring: processes that share one sequence and pass keys and values round a ring.
         ulysses: processes that share one sequence by exchanging it for heads, around the ring's attention: each ring rank
             is that many processes. Must divide the query heads; key heads are divided, or repeated where they are fewer.
+        ulysses_chunks: in how many parts a rank's heads are exchanged: attention with one part hides the messages of its
+            neighbours, and each part is one more call of the kernel. None: what is estimated to be fastest, logged with the
+            reason.
         tp: processes that share each weight matrix; they hold the same tokens. Must divide the query heads, the key heads, the
             features of the SwiGLU and the vocabulary; Ulysses then divides the heads that are left.
         layout: which positions of a sequence each ring rank holds, by name; "auto": for each batch's mask the layout that is
@@ -76,6 +80,7 @@ class ParallelPlan:
     pp: int = 1
     ring: int = 1
     ulysses: int = 1
+    ulysses_chunks: int | None = None
     tp: int = 1
     layout: str = "zigzag"
     strategy: str = "auto"
@@ -225,6 +230,13 @@ class ParallelPlan:
             found += ulysses_problems(
                 num_heads // self.tp, num_kv_heads // self.tp, ulysses=self.ulysses, ring=self.ring, tp=self.tp
             )
+            found += chunk_problems(
+                self.ulysses_chunks,
+                num_heads // self.tp,
+                num_kv_heads // self.tp,
+                ulysses=self.ulysses,
+                ring=self.ring,
+            )
         if self.sp >= 1 and seq_len < self.sp:
             found.append(
                 Problem(
@@ -338,69 +350,6 @@ class ParallelPlan:
             if size > 1
         ]
         return f"  with {'; '.join(found)}" if found else ""
-
-
-def tensor_problems(tp: int, ring: int, sizes: dict[str, int | None]) -> list[Problem]:
-    """What keeps `tp` ranks from sharing matrices of such sizes, with what would work.
-
-    Args:
-        ring: what fewer of them could be made up for by.
-        sizes: what is divided among the ranks, by name; None: not asked about.
-    """
-    asked = {name: size for name, size in sizes.items() if size is not None and size >= 1}
-    if tp <= 1 or all(size % tp == 0 for size in asked.values()):
-        return []
-    # More heads or another model are seldom a choice, a longer vocabulary is: it needs rows that no token uses.
-    fixed = [size for name, size in asked.items() if name != "vocab_size"]
-    degrees = [t for t in range(1, min(asked.values()) + 1) if all(size % t == 0 for size in fixed)]
-    wrong = [f"{name} {size:_}" for name, size in asked.items() if size % tp]
-    hints = []
-    if tp not in degrees:
-        nearest = max(t for t in degrees if t < tp and tp * ring % t == 0)
-        hints.append(
-            f"nearest for the same processes: tp {nearest} with ring {tp * ring // nearest}; these heads and projections "
-            f"allow tp {', '.join(map(str, degrees))}"
-        )
-    if asked.get("vocab_size", 0) % tp:
-        hints.append(f"model.vocab_size {-(-asked['vocab_size'] // tp) * tp:_} is a multiple of {tp}")
-    verb = "is not a multiple" if len(wrong) == 1 else "are no multiples"
-    what = " and ".join([", ".join(wrong[:-1]), wrong[-1]]) if wrong[1:] else wrong[0]
-    return [Problem(f"{what} {verb} of tp {tp}", "; ".join(hints))]
-
-
-def ulysses_problems(num_heads: int, num_kv_heads: int, *, ulysses: int, ring: int, tp: int = 1) -> list[Problem]:
-    """What keeps Ulysses of that degree from dividing such heads, with the nearest degrees that would.
-
-    Every rank gets as many query heads as the others, and whole key heads that serve just these: query heads must be a
-    multiple of the degree, and key heads a multiple of it or a divisor.
-
-    Args:
-        num_heads, num_kv_heads: that each of the `tp` ranks that share the heads has.
-    """
-    if _heads_divide(num_heads, num_kv_heads, ulysses):
-        return []
-    each = f" of each of {tp} tp ranks" if tp > 1 else ""
-    if num_heads % ulysses:
-        what = f"num_heads {num_heads}{each} is not a multiple of ulysses {ulysses}"
-    else:
-        what = (
-            f"num_kv_heads {num_kv_heads}{each} and ulysses {ulysses}: neither is a multiple of the other, so ranks would need "
-            "different numbers of key heads"
-        )
-    sp = ring * ulysses
-    same = [u for u in range(1, sp + 1) if sp % u == 0 and _heads_divide(num_heads, num_kv_heads, u)]
-    same.sort(key=lambda u: (abs(u - ulysses), -u))
-    plans = " or ".join(f"ulysses {u} with ring {sp // u}" for u in same[:2])
-    degrees = [u for u in range(1, num_heads + 1) if _heads_divide(num_heads, num_kv_heads, u)]
-    return [
-        Problem(
-            what, f"nearest for the same processes: {plans}; these heads allow ulysses {', '.join(map(str, degrees))}"
-        )
-    ]
-
-
-def _heads_divide(num_heads: int, num_kv_heads: int, ulysses: int) -> bool:
-    return num_heads % ulysses == 0 and (num_kv_heads % ulysses == 0 or ulysses % num_kv_heads == 0)
 
 
 def _spans(positions: torch.Tensor) -> str:
