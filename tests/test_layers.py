@@ -18,6 +18,7 @@ ROOT = PACKAGE.parent
 
 PURE = (
     "parallel.degrees",
+    "parallel.placement",
     "parallel.plan",
     "parallel.schedule",
     "parallel.slices",

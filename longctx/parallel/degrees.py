@@ -1,8 +1,24 @@
-"""Which degrees of parallelism given heads and matrices allow."""
+"""Which degrees of parallelism given heads and matrices allow, and into which ring x ulysses a number of processes is best split.
+
+By arithmetic alone, from the estimates of `longctx.parallel.cost`: of each split's time of one attention layer, forward and
+backward, on machines of that kind.
+"""
 
 from __future__ import annotations
 
-from longctx.errors import Problem
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from longctx.errors import PlanError, Problem
+from longctx.layout import SequenceLayout, SequenceMeta
+from longctx.masks import AttentionMask
+from longctx.parallel.cost import KERNEL_FLOPS, Estimate, Rates, Shape, estimates, exchange_estimate, hop_shares
+
+# Parts that a rank's heads, or a ring's gathered heads, are thought of as going in at most.
+_PARTS = 8
+# Splits that the reason names, the fastest first.
+_NAMED = 4
 
 
 def tensor_problems(tp: int, ring: int, sizes: dict[str, int | None]) -> list[Problem]:
@@ -106,3 +122,163 @@ def chunk_problems(chunks: int | None, num_heads: int, num_kv_heads: int, *, uly
             f"one of {', '.join(map(str, possible))}, or leave it out",
         )
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Attention of one layer over one sequence, as far as the choice of degrees depends on it.
+
+    Args:
+        num_heads, num_kv_heads: of each tp rank.
+        seq_len: global length.
+        mask: who sees whom; documents, which differ from batch to batch, are best left out.
+        batch: sequences at a time.
+        itemsize, grad_itemsize: bytes of one element of activations, and of key gradients between the ring's processes.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    seq_len: int
+    mask: AttentionMask
+    batch: int = 1
+    itemsize: int = 2
+    grad_itemsize: int = 4
+
+
+@lru_cache(maxsize=16)
+def choose_degrees(
+    context: int,
+    work: Work,
+    *,
+    layout: SequenceLayout,
+    strategies: tuple[str, ...],
+    tp: int = 1,
+    node_size: int | None = None,
+    may_cross_nodes: bool = False,
+    chunks: int | None = None,
+) -> tuple[int, int, str]:
+    """ring, ulysses, and why, for `context` processes that share each sequence. The same wherever it is asked; remembered.
+
+    Args:
+        layout: of the ring.
+        strategies: names of those that the ring may use.
+        tp: processes that share the matrices; those of one Ulysses rank stand between it and the next.
+        node_size: processes on each machine; None: all are on one.
+        may_cross_nodes: whether Ulysses may exchange heads between machines.
+        chunks: in which heads are exchanged; None: the best.
+
+    Raises:
+        PlanError: no split serves these heads, this length and these machines.
+    """
+    splits = [(context // u, u) for u in range(1, context + 1) if context % u == 0]
+    fitting = [(r, u) for r, u in splits if heads_divide(work.num_heads, work.num_kv_heads, u)]
+    if node_size is not None and not may_cross_nodes:
+        fitting = [(r, u) for r, u in fitting if node_size % (u * tp) == 0]
+    if chunks is not None:
+        fitting = [
+            (r, u)
+            for r, u in fitting
+            if not chunk_problems(chunks, work.num_heads, work.num_kv_heads, ulysses=u, ring=r)
+        ]
+    if work.seq_len < context or not fitting:
+        raise PlanError(
+            f"context {context} cannot be split into a ring and ulysses for sequences of {work.seq_len:_} tokens and "
+            f"{work.num_heads}/{work.num_kv_heads} heads\n"
+            "       use a context that is shorter than the sequence, and leave out ulysses_chunks"
+        )
+
+    def of_machine(size: int) -> bool:
+        return node_size is None or node_size % (size * tp) == 0
+
+    found = {
+        (ring, ulysses): _estimate(
+            ring,
+            ulysses,
+            work,
+            layout,
+            strategies,
+            chunks,
+            ring_in_one_node=of_machine(context),
+            ulysses_in_one_node=of_machine(ulysses),
+        )
+        for ring, ulysses in fitting
+    }
+    # Among equals the one that exchanges fewer heads: a ring's messages are behind attention.
+    ranked = sorted(found, key=lambda split: (found[split].total, split[1]))
+    told = [
+        f"{_split(*split)} {1e3 * found[split].total:.2f} ms ({1e3 * found[split].exposed:.2f} of it waiting)"
+        for split in ranked[:_NAMED]
+    ]
+    left = f", {len(ranked) - _NAMED} more" * (len(ranked) > _NAMED)
+    out = [_split(*split) for split in splits if split not in found]
+    refused = f"; {', '.join(out)} would not fit the heads or a machine" * bool(out)
+    where = "one machine" if node_size is None or context * tp <= node_size else f"machines of {node_size}"
+    ring, ulysses = ranked[0]
+    return (
+        ring,
+        ulysses,
+        (
+            f"{_split(ring, ulysses)} of context {context}: {work.seq_len:_} tokens, {work.num_heads}/{work.num_kv_heads} heads of "
+            f"{work.head_dim}, {where}; estimated for attention of a layer, forward and backward: {', '.join(told)}{left}{refused}"
+        ),
+    )
+
+
+def _estimate(
+    ring: int,
+    ulysses: int,
+    work: Work,
+    layout: SequenceLayout,
+    strategies: Sequence[str],
+    chunks: int | None,
+    *,
+    ring_in_one_node: bool,
+    ulysses_in_one_node: bool,
+) -> Estimate:
+    """Of one split, with the best strategy of the ring and the best number of chunks."""
+    meta = SequenceMeta.of(
+        work.seq_len,
+        mask=work.mask,
+        layout=layout,
+        ring_rank=0,
+        ring_world=ring,
+        ulysses_rank=0,
+        ulysses_world=ulysses,
+    )
+    hops = hop_shares(meta.padded_mask, meta.layout, ring, meta.padded_len)
+    shape = Shape(
+        batch=work.batch,
+        local_len=meta.padded_len // ring,
+        num_heads=work.num_heads // ulysses,
+        num_kv_heads=max(work.num_kv_heads, ulysses) // ulysses,
+        head_dim=work.head_dim,
+        itemsize=work.itemsize,
+        grad_itemsize=work.grad_itemsize,
+    )
+    rates = Rates(*KERNEL_FLOPS["hopper"])
+    of_ring = [
+        estimate
+        for groups in range(1, _PARTS + 1)
+        if shape.num_kv_heads % groups == 0
+        for estimate in estimates(
+            shape, hops, dict.fromkeys(strategies, rates), in_one_node=ring_in_one_node, groups=groups
+        ).values()
+    ]
+    best = min(of_ring, key=lambda e: e.total)
+    if ulysses == 1:
+        return best
+    possible = possible_chunks(shape.num_heads, shape.num_kv_heads, ring=ring) if chunks is None else [chunks]
+    exchange = min(
+        (
+            exchange_estimate(shape, hops, rates, ulysses=ulysses, chunks=n, in_one_node=ulysses_in_one_node)
+            for n in possible
+            if n <= _PARTS or chunks is not None
+        ),
+        key=lambda e: e.total,
+    )
+    return Estimate(best.total + exchange.total, best.exposed + exchange.exposed)
+
+
+def _split(ring: int, ulysses: int) -> str:
+    return f"ring {ring} x ulysses {ulysses}"

@@ -15,13 +15,12 @@ from typing import Literal
 import torch
 
 from longctx.errors import LongCtxError, PlanError, Problem, did_you_mean, format_problems
-from longctx.layout import SequenceLayout, SequenceMeta, get_layout, layout_names, shard_multiple
-from longctx.parallel.degrees import chunk_problems, tensor_problems, ulysses_problems
+from longctx.layout import SequenceLayout, get_layout, layout_names, shard_multiple
+from longctx.masks import AttentionMask, Causal
+from longctx.parallel.degrees import Work, choose_degrees, chunk_problems, tensor_problems, ulysses_problems
+from longctx.parallel.placement import describe
 
 SCHEDULES = ("1f1b", "dualpipev")
-
-# The token spans of a rank that `describe` writes out before it only counts them.
-SHOWN_SPANS = 4
 
 # Values of `strategy` and `transport`, explained at `ParallelPlan`.
 STRATEGIES = ("auto", "relay", "direct", "gather")
@@ -49,6 +48,8 @@ class ParallelPlan:
     Args:
         dp: replicas that read different samples. None: whatever the world leaves, filled in by `resolve`.
         pp: pipeline stages, each a run of the model's layers; micro-batches are what keeps all of them busy.
+        context: processes that share one sequence, which `choose_degrees` splits into ring x ulysses; it stands for both, and a
+            plan is used once they are chosen. None: as `ring` and `ulysses` say.
         ring: processes that share one sequence and pass keys and values round a ring.
         ulysses: processes that share one sequence by exchanging it for heads, around the ring's attention: each ring rank
             is that many processes. Must divide the query heads; key heads are divided, or repeated where they are fewer.
@@ -78,6 +79,7 @@ class ParallelPlan:
 
     dp: int | None = None
     pp: int = 1
+    context: int | None = None
     ring: int = 1
     ulysses: int = 1
     ulysses_chunks: int | None = None
@@ -143,18 +145,26 @@ class ParallelPlan:
     def __str__(self) -> str:
         dp = "rest" if self.dp is None else self.dp
         norms = ", norms sharded" * self.shard_norms
-        return f"dp {dp}, pp {self.pp}, ring {self.ring}, ulysses {self.ulysses}, tp {self.tp}{norms}"
+        shared = f"ring {self.ring}, ulysses {self.ulysses}" if self.context is None else f"context {self.context}"
+        return f"dp {dp}, pp {self.pp}, {shared}, tp {self.tp}{norms}"
 
     def problems(self) -> list[Problem]:
         """What is wrong with the plan whatever the model, the sequence and the world: impossible or unavailable degrees."""
         found = []
-        for name in ("dp", "pp", "ring", "ulysses", "tp"):
+        for name in ("dp", "pp", "context", "ring", "ulysses", "tp"):
             degree = getattr(self, name)
             if degree is not None and degree < 1:
                 hint = "leave dp out to use every process that the other degrees leave" if name == "dp" else ""
                 found.append(Problem(f"{name} = {degree}: a degree is at least 1", hint or f"{name} 1 leaves it out"))
         if found:
             return found
+        if self.context is not None and self.ring * self.ulysses > 1:
+            found.append(
+                Problem(
+                    f"context = {self.context} beside ring {self.ring} and ulysses {self.ulysses}: context chooses both",
+                    "leave context out, or ring and ulysses",
+                )
+            )
         if self.schedule not in SCHEDULES:
             found.append(Problem(f"unknown schedule {self.schedule!r}: {did_you_mean(self.schedule, SCHEDULES)}"))
         elif self.schedule != "1f1b" and self.pp == 1:
@@ -171,7 +181,7 @@ class ParallelPlan:
                 found.append(Problem(f"unknown {name} {value!r}: {did_you_mean(value, known)}"))
         if self.grad_dtype not in ("fp32", "bf16"):
             found.append(Problem(f"grad_dtype = {self.grad_dtype!r} is not known", "one of fp32, bf16"))
-        elif self.grad_dtype != "fp32" and self.ring == 1:
+        elif self.grad_dtype != "fp32" and self.ring == 1 and self.context is None:
             found.append(
                 Problem(
                     f"grad_dtype = {self.grad_dtype} with ring 1: only a ring sends gradients of keys and values",
@@ -246,13 +256,75 @@ class ParallelPlan:
             )
         return found
 
+    def choose_degrees(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        seq_len: int,
+        mask: AttentionMask | None = None,
+        batch: int = 1,
+        itemsize: int = 2,
+        node_size: int | None = None,
+    ) -> tuple[ParallelPlan, str]:
+        """The plan with ring and ulysses in the place of `context`, and why these; itself and "" where there is none.
+
+        Args:
+            num_heads, num_kv_heads, head_dim: of the whole model.
+            seq_len: global length.
+            mask: who sees whom; None: causal.
+            batch: sequences at a time; itemsize: bytes of one element of activations.
+            node_size: processes on each machine; None: all are on one.
+
+        Raises:
+            PlanError: no split serves such a model on such machines, or the plan is impossible in itself.
+
+        The order of estimated times decides; explicit degrees are taken as they are.
+        """
+        if self.context is None:
+            return self, ""
+        if problems := self.problems():
+            raise PlanError(format_problems(f"this plan ({self})", problems))
+        work = Work(
+            num_heads=num_heads // self.tp,
+            num_kv_heads=num_kv_heads // self.tp,
+            head_dim=head_dim,
+            seq_len=seq_len,
+            mask=Causal() if mask is None else mask,
+            batch=batch,
+            itemsize=itemsize,
+            grad_itemsize=2 if self.grad_dtype == "bf16" else max(4, itemsize),
+        )
+        ring, ulysses, why = choose_degrees(
+            self.context,
+            work,
+            layout=self.sequence_layout,
+            strategies=STRATEGIES[1:] if self.strategy == "auto" else (self.strategy,),
+            tp=self.tp,
+            node_size=node_size,
+            may_cross_nodes=self.allow_across_nodes,
+            chunks=self.ulysses_chunks,
+        )
+        # Only a ring sends gradients of keys.
+        grad_dtype = self.grad_dtype if ring > 1 else "fp32"
+        return replace(self, context=None, ring=ring, ulysses=ulysses, grad_dtype=grad_dtype), why
+
     def resolve(self, world_size: int) -> ParallelPlan:
         """The same plan with dp filled in for `world_size` processes.
 
         Raises:
-            PlanError: the degrees are impossible or do not multiply up to `world_size`; lists every problem.
+            PlanError: the degrees are impossible, not chosen yet, or do not multiply up to `world_size`; lists every problem.
         """
         found = self.problems()
+        if self.context is not None and not found:
+            found = [
+                Problem(
+                    f"context {self.context} is not split into ring and ulysses yet",
+                    "call plan.choose_degrees(...), which looks at the model and the length; or give ring and ulysses",
+                )
+            ]
+            raise PlanError(format_problems(f"this plan ({self}, world {world_size})", found))
         if world_size < 1:
             found.append(Problem(f"world size {world_size}: at least 1 process is needed"))
         elif all(degree >= 1 for degree in (self.pp, self.ring, self.ulysses, self.tp)):
@@ -311,52 +383,4 @@ class ParallelPlan:
         Raises:
             PlanError: dp is not known yet, or there is no `seq_len` to cut.
         """
-        is_fitted = seq_len is not None and self.ring > 1 and self.sequence_layout.fits_masks
-        fitted = "; positions for a causal mask, other masks may have others" if is_fitted else ""
-        lines = [f"{self}: {self.world_size} ranks, layout {self.layout}{fitted}"]
-        width = len(str(self.world_size - 1))
-        for rank in range(self.world_size):
-            coords = self.coords(rank)
-            line = f"  rank {rank:>{width}}  {coords}"
-            if seq_len is not None:
-                meta = SequenceMeta.of(
-                    seq_len,
-                    layout=self.sequence_layout,
-                    ring_rank=coords.ring,
-                    ring_world=self.ring,
-                    ulysses_rank=coords.ulysses,
-                    ulysses_world=self.ulysses,
-                    local_multiple=self.local_multiple,
-                )
-                real = meta.positions[meta.positions < seq_len]
-                line += f"  tokens {_spans(real)}" if len(real) else "  tokens none"
-                line += f", {meta.local_len - len(real)} of padding" * (len(real) < meta.local_len)
-            if layers is not None:
-                held = []
-                for stage in self.stages_of(coords.pp):
-                    of_stage = f"{layers[stage].start}-{layers[stage].stop - 1}"
-                    of_stage += " and embedding" * (stage == 0) + " and head" * (stage == self.num_stages - 1)
-                    held.append(of_stage)
-                line += f"  layers {', '.join(held)}"
-            lines.append(line + self._peers(coords))
-        return "\n".join(lines)
-
-    def _peers(self, at: Coords) -> str:
-        """The ranks on each axis through `at` that has more than one, as text."""
-        sizes = {"tp": self.tp, "ulysses": self.ulysses, "ring": self.ring, "dp": self._resolved_dp, "pp": self.pp}
-        found = [
-            f"{axis} {','.join(str(self.rank_of(replace(at, **{axis: i}))) for i in range(size))}"
-            for axis, size in sizes.items()
-            if size > 1
-        ]
-        return f"  with {'; '.join(found)}" if found else ""
-
-
-def _spans(positions: torch.Tensor) -> str:
-    """Ascending positions as runs, `0-7, 24-31`; the first few, and how many there are."""
-    is_break = positions.diff() != 1
-    ends = torch.cat([positions[:-1][is_break], positions[-1:]]).tolist()
-    starts = torch.cat([positions[:1], positions[1:][is_break]]).tolist()
-    shown = [f"{a:_}-{b:_}" if a != b else f"{a:_}" for a, b in zip(starts, ends, strict=True)][:SHOWN_SPANS]
-    more = f", ... ({len(starts):_} spans)" if len(starts) > SHOWN_SPANS else ""
-    return ", ".join(shown) + more
+        return describe(self, seq_len, layers)
