@@ -10,31 +10,30 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from longctx.bench import WRONG, case_arguments, cases_of
+from longctx.bench_ring_output import METRICS, RingResult, plot, rows_of, table
 from longctx.errors import ConfigError, LongCtxError, did_you_mean
 from longctx.functional import attention
+from longctx.parallel.journal import Journal
 from longctx.peers import Case, Unavailable
-from longctx.peers_ring import Attend, OneGpu, Ranks, RingContender, ring_contenders
-from longctx.results import Measurement, append, environment
+from longctx.peers_ring import Attend, OneGpu, OneGpuHalo, Ranks, RingContender, ring_contenders
+from longctx.results import append, environment
 from longctx.testing import run_distributed
 
-METRICS = ("forward", "forward+backward")
-# Of forward's products: backward has five for its two.
-_WORK = {"forward": 1.0, "forward+backward": 3.5}
-
-# The table that the project holds itself to on two GPUs.
-DEFAULT_CASES = (
-    *(Case(batch=1, seq_len=n << 10, heads=32, kv_heads=8, head_dim=128) for n in (16, 32, 64, 128)),
-    Case(batch=1, seq_len=64 << 10, heads=32, kv_heads=32, head_dim=128),
-    Case(batch=1, seq_len=128 << 10, heads=32, kv_heads=8, head_dim=128, mask="docs"),
-    Case(batch=1, seq_len=256 << 10, heads=32, kv_heads=8, head_dim=128, mask="window"),
-)
+# The table that the project holds itself to on two GPUs, by the names that --rows takes.
+_LLAMA = Case(batch=1, seq_len=0, heads=32, kv_heads=8, head_dim=128)
+ROWS = {
+    **{f"{n}k": replace(_LLAMA, seq_len=n << 10) for n in (16, 32, 64, 128)},
+    "64k-mha": replace(_LLAMA, seq_len=64 << 10, kv_heads=32),
+    "128k-docs": replace(_LLAMA, seq_len=128 << 10, mask="docs"),
+    "256k-window": replace(_LLAMA, seq_len=256 << 10, mask="window"),
+}
+DEFAULT_CASES = tuple(ROWS.values())
 SMOKE_CASES = (
     Case(batch=1, seq_len=64, heads=4, kv_heads=2, head_dim=16),
     Case(batch=2, seq_len=48, heads=4, kv_heads=2, head_dim=16, mask="window", window=8),
@@ -42,33 +41,10 @@ SMOKE_CASES = (
 SMOKE_WORLD = 2
 
 # A timed call is repeated for about so long, but at least and at most so often.
-TIMED_S = 0.25
-REPEATS = (3, 20)
-
-
-@dataclass
-class RingResult:
-    """Milliseconds of the slowest rank by contender and metric, also without messages; where there is no time, the reason."""
-
-    case: Case
-    ms: dict[str, dict[str, float]] = field(default_factory=dict)
-    silent_ms: dict[str, dict[str, float]] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
-
-    def tflops(self, name: str, metric: str, world: int) -> float:
-        """Per GPU, on the pairs that the mask shows."""
-        return _WORK[metric] * self.case.forward_flops / world / self.ms[name][metric] / 1e9
-
-    def best_alone(self, metric: str) -> float | None:
-        """The time of the fastest kernel on one GPU with its share of the work."""
-        times = [ms[metric] for name, ms in self.ms.items() if name.startswith("one GPU")]
-        return min(times, default=None)
-
-    def exposed(self, name: str, metric: str) -> float | None:
-        """Milliseconds that messages add."""
-        silent = self.silent_ms.get(name)
-        return self.ms[name][metric] - silent[metric] if silent else None
+TIMED_S = 0.5
+REPEATS = (5, 20)
+# Calls over which waiting is averaged.
+WAITED = 3
 
 
 def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: torch.dtype) -> RingResult:
@@ -79,13 +55,13 @@ def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: 
     out = attention(*leaves, mask=case.rule, scale=case.scale)
     exact = [out.detach(), *torch.autograd.grad(out, leaves, tensors["dout"])]
     del out
-    for kernel in ("ours", "cuDNN (torch)"):
-        alone = OneGpu(kernel)
+    for alone in (OneGpu("ours"), OneGpu("cuDNN (torch)"), OneGpuHalo()):
         with _reasons(result, alone.title, ranks):
             share, attend = alone.attend(case, ranks)
             heads = {"q": share.heads, "k": share.kv_heads, "v": share.kv_heads, "dout": share.heads}
-            part = [tensors[name][:, :, :n].detach().contiguous() for name, n in heads.items()]
+            part = [tensors[name][:, : share.seq_len, :n].detach().contiguous() for name, n in heads.items()]
             _both(attend, part)
+            result.flops[alone.title] = share.forward_flops
             result.ms[alone.title], _ = _times(attend, part, ranks)
     for entrant in entrants:
         with _reasons(result, entrant.name, ranks):
@@ -99,6 +75,9 @@ def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: 
                     raise Unavailable(f"WRONG RESULT: relative error {error:.2g}, more than {WRONG}")
                 silent = entrant.without_messages(case, ranks)
                 result.ms[entrant.name], result.silent_ms[entrant.name] = _times(attend, local, ranks, silent)
+                journal = entrant.journal(ranks)
+                if journal is not None:
+                    result.waited_ms[entrant.name] = _waiting(attend, local, ranks, journal)
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
     return result
@@ -136,24 +115,42 @@ def _largest(value: float, ranks: Ranks) -> float:
     return float(found)
 
 
+def _calls(attend: Attend, local: Sequence[torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """What is timed, by metric."""
+    leaves = [x.requires_grad_() for x in local[:3]]
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: attend(*leaves),
+        lambda: torch.autograd.grad(attend(*leaves), leaves, local[3]),
+    )
+    return dict(zip(METRICS, calls, strict=True))
+
+
 def _times(
     attend: Attend, local: Sequence[torch.Tensor], ranks: Ranks, silent: Attend | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Milliseconds by metric, and the same of `silent`, where there is one."""
-    leaves = [x.requires_grad_() for x in local[:3]]
-
-    def forward(attend: Attend) -> Callable[[], object]:
-        return lambda: attend(*leaves)
-
-    def both(attend: Attend) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(attend(*leaves), leaves, local[3])
-
     times: tuple[dict[str, float], dict[str, float]] = ({}, {})
-    variants = [attend] if silent is None else [attend, silent]
-    for metric, make in zip(METRICS, (forward, both), strict=True):
-        for found, ms in zip(times, medians_ms([make(x) for x in variants], ranks), strict=False):
+    variants = [_calls(x, local) for x in ([attend] if silent is None else [attend, silent])]
+    for metric in METRICS:
+        for found, ms in zip(times, medians_ms([calls[metric] for calls in variants], ranks), strict=False):
             found[metric] = ms
     return times
+
+
+def _waiting(attend: Attend, local: Sequence[torch.Tensor], ranks: Ranks, journal: Journal) -> dict[str, float]:
+    """Milliseconds of a call in which compute stood still for messages, by metric, of the rank that waited longest.
+
+    What messages add beyond it is what they take of the GPU from attention beside them, or chance.
+    """
+    found = {}
+    for metric, call in _calls(attend, local).items():
+        journal.discard()
+        journal.is_measuring = True
+        for _ in range(WAITED):
+            _timed(call, ranks)
+        journal.is_measuring = False
+        found[metric] = _largest(1e3 * journal.take().exposed_s / WAITED, ranks)
+    return found
 
 
 def medians_ms(calls: Sequence[Callable[[], object]], ranks: Ranks) -> list[float]:
@@ -185,79 +182,6 @@ def _timed(call: Callable[[], object], ranks: Ranks) -> float:
     return start.elapsed_time(end)
 
 
-def table(results: Sequence[RingResult], entrants: Sequence[RingContender], world: int) -> str:
-    """Of every case a block: TFLOP/s per GPU, the share of the best kernel on one GPU, and what messages add to the time."""
-    titles = {entrant.name: entrant.title for entrant in entrants}
-    lines, notes = [], []
-    for result in results:
-        body = [["", *(f"{m} TFLOP/s" for m in METRICS), *(f"{m} share" for m in METRICS), "exposed messages"]]
-        for name in result.ms:
-            rates = [f"{result.tflops(name, m, world):.3g}" for m in METRICS]
-            alone = [result.best_alone(m) for m in METRICS]
-            shares = [f"{a / result.ms[name][m]:.3f}" if a else "-" for a, m in zip(alone, METRICS, strict=True)]
-            late = [result.exposed(name, m) for m in METRICS]
-            shown = [
-                f"{x:+.2f} ms ({x / result.ms[name][m]:+.1%})"
-                for x, m in zip(late, METRICS, strict=True)
-                if x is not None
-            ]
-            body.append([titles.get(name, name), *rates, *shares, " / ".join(shown) or "-"])
-        widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
-        lines.append(result.case.label)
-        lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in body]
-        lines.append("")
-        notes += [f"{result.case.label}: {titles.get(name, name)}: {why}" for name, why in result.refused.items()]
-    return "\n".join([*lines, *notes])
-
-
-def rows_of(result: RingResult, world: int, **where) -> list[Measurement]:
-    """One case's results as measurements; `where`: the columns of `results.environment`."""
-    config = f"{result.case.label}, {world} ranks"
-    rows = []
-    for name in result.ms:
-        for metric in METRICS:
-            rows.append((name, metric, result.tflops(name, metric, world), "TFLOP/s"))
-            late = result.exposed(name, metric)
-            if late is not None:
-                rows.append((name, f"{metric} exposed", late, "ms"))
-    return [
-        Measurement(name=f"ring/{name}", config=config, metric=metric, value=value, unit=unit, **where)
-        for name, metric, value, unit in rows
-    ]
-
-
-def plot(results: Sequence[RingResult], entrants: Sequence[RingContender], world: int, path: Path, title: str) -> None:
-    """Bars of TFLOP/s per GPU, a group for each case, and the best kernel on one GPU as a line over each.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'longctx[plot]'") from error
-    shown = [e for e in entrants if any(e.name in r.ms for r in results)]
-    width = 0.8 / max(1, len(shown))
-    figure = Figure(figsize=(max(7.0, 2.2 * len(results)), 8), layout="constrained")
-    for axes, metric in zip(figure.subplots(2, 1, sharex=True), METRICS, strict=True):
-        for i, entrant in enumerate(shown):
-            at = [n + (i - (len(shown) - 1) / 2) * width for n in range(len(results))]
-            heights = [r.tflops(entrant.name, metric, world) if entrant.name in r.ms else 0.0 for r in results]
-            axes.bar(at, heights, width, label=entrant.title, color=f"C{i}", hatch="//" if entrant.is_ours else None)
-        for n, result in enumerate(results):
-            alone = result.best_alone(metric)
-            if alone:
-                rate = _WORK[metric] * result.case.forward_flops / world / alone / 1e9
-                label = "best kernel on one GPU" if n == 0 else None
-                axes.hlines(rate, n - 0.45, n + 0.45, color="black", linestyle=":", label=label)
-        axes.set_ylabel(f"{metric}, TFLOP/s per GPU")
-    axes.set_xticks(range(len(results)), [r.case.label.replace(", ", "\n") for r in results], fontsize=8)
-    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, title=title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line of `longctx bench ring`."""
     p = argparse.ArgumentParser(prog="longctx bench ring", description=__doc__.splitlines()[0])
@@ -265,6 +189,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--nproc", type=int, help="processes, where torchrun does not start them (every GPU; 2 with --smoke)"
     )
+    p.add_argument("--rows", nargs="+", choices=ROWS, help="of the table that is measured otherwise, these rows only")
+    p.add_argument(
+        "--sms", nargs="+", type=int, default=(), metavar="N",
+        help="also the direct exchange while NCCL's kernels take at most so many SMs, and at normal priority",
+    )  # fmt: skip
     p.add_argument("--transport", nargs="+", choices=["auto", "nccl", "copy_engine"], help="(nccl copy_engine)")
     return p
 
@@ -275,7 +204,7 @@ def run(args: argparse.Namespace, rank: int) -> int:
     device, dtype = torch.device("cpu"), torch.float32
     if not args.smoke:
         device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
-    ranks = Ranks(rank, world, device, {})
+    ranks = Ranks(rank, world, device)
     entrants = _entrants(args)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
     where = environment(gpu, gpus=world, commit=args.commit)
@@ -295,8 +224,21 @@ def run(args: argparse.Namespace, rank: int) -> int:
     return int(any(entrant.is_ours and entrant.name in r.wrong for r in results for entrant in entrants))
 
 
+def _cases(args: argparse.Namespace) -> Sequence[Case]:
+    defaults = SMOKE_CASES if args.smoke else DEFAULT_CASES
+    if not args.rows:
+        return cases_of(args, defaults)
+    if args.smoke or cases_of(args, defaults) is not defaults:
+        raise ConfigError(
+            "--rows have shapes of their own: leave --shapes, --dim, --heads, --kv-heads, --mask, --smoke out"
+        )
+    return [ROWS[name] for name in args.rows]
+
+
 def _entrants(args: argparse.Namespace) -> list[RingContender]:
-    found = ring_contenders(args.transport or (["auto"] if args.smoke else ["nccl", "copy_engine"]))
+    if args.smoke and args.sms:
+        raise ConfigError("--sms is about NCCL's kernels, and --smoke runs on the CPU: leave one of them out")
+    found = ring_contenders(args.transport or (["auto"] if args.smoke else ["nccl", "copy_engine"]), args.sms)
     names = [entrant.name for entrant in found]
     for name in args.only or ():
         if name not in names:
@@ -333,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "`longctx bench ring --smoke` runs tiny sizes on the CPU"
             )
         _entrants(args)
-        args.cases = cases_of(args, SMOKE_CASES if args.smoke else DEFAULT_CASES)
+        args.cases = _cases(args)
         if "RANK" in os.environ:
             return _under_torchrun(args)
         backend, timeout_s = ("gloo", 120.0) if args.smoke else ("nccl", 3600.0)

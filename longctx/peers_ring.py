@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -15,22 +15,38 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from longctx.errors import DistributedError, PlanError
 from longctx.functional import attention, context_parallel_attention
 from longctx.layout import SequenceMeta, get_layout
+from longctx.parallel.journal import Journal
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
+from longctx.parallel.transport import NcclSettings
 from longctx.peers import Case, Unavailable
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class SilentLink:
-    """A link over which nothing is sent: what remains of the time is computation. Results are wrong."""
+    """A link over which nothing is sent: what remains of the time is computation, and a copy of what would have arrived.
+
+    That is random numbers where a ring's keys would be, and the own ones where exchanged heads would: a GPU computes faster on
+    zeros, by more than what is to be measured. Results are wrong.
+    """
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.peers = rank, tuple(range(world))
+        self._arrives: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     def swap(
         self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor], *, to: int, source: int, room: int
     ) -> Callable[[], None]:
+        for x in receive:
+            key = x.dtype, x.device
+            if key not in self._arrives or self._arrives[key].numel() < x.numel():
+                self._arrives[key] = torch.randn(x.numel(), dtype=x.dtype, device=x.device)
+            x.view(-1).copy_(self._arrives[key][: x.numel()])
+        return lambda: None
+
+    def all_to_all(self, send: torch.Tensor, receive: torch.Tensor) -> Callable[[], None]:
+        receive.copy_(send)
         return lambda: None
 
 
@@ -41,23 +57,26 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    meshes: dict[ParallelPlan, ParallelMesh]
+    meshes: dict[tuple[ParallelPlan, NcclSettings | None], ParallelMesh] = field(default_factory=dict)
 
-    def mesh(self, plan: ParallelPlan) -> ParallelMesh:
+    def mesh(self, plan: ParallelPlan, nccl: NcclSettings | None = None) -> ParallelMesh:
         """The mesh of that plan, made once. Collective."""
-        if plan not in self.meshes:
-            self.meshes[plan] = ParallelMesh.create(plan, device=self.device)
-        return self.meshes[plan]
+        if (plan, nccl) not in self.meshes:
+            self.meshes[plan, nccl] = ParallelMesh.create(plan, device=self.device, nccl=nccl)
+        return self.meshes[plan, nccl]
 
     def silent(self, plan: ParallelPlan) -> ParallelMesh:
-        """The mesh of that plan, with nobody to talk to."""
+        """The mesh of that plan, of a ring or of Ulysses over all ranks, with nobody to talk to."""
+        real, link = self.mesh(plan), SilentLink(self.rank, self.world)
         return ParallelMesh(
             plan.resolve(self.world),
             self.rank,
             device=self.device,
             groups={},
-            link=SilentLink(self.rank, self.world),
-            ring_in_one_node=self.mesh(plan).ring_in_one_node,
+            link=link if plan.ring > 1 else None,
+            head_link=link if plan.ulysses > 1 else None,
+            ring_in_one_node=real.ring_in_one_node,
+            ulysses_in_one_node=real.ulysses_in_one_node,
         )
 
 
@@ -84,34 +103,40 @@ class RingContender(ABC):
         """The same computation with no message sent, where that can be had."""
         return None
 
+    def journal(self, ranks: Ranks) -> Journal | None:
+        """Where its messages are noted, and how long they were waited for, if anywhere."""
+        return None
 
-class OurStrategy(RingContender):
-    """A strategy of the library over a transport."""
+
+class _Ours(RingContender):
+    """What the library does over a mesh of its own."""
 
     is_ours = True
+    strategy: str | None = None
 
-    def __init__(self, strategy: str, transport: str) -> None:
-        self.name = f"{strategy}-{transport}"
-        self.title = f"ours: {strategy}, {transport}"
-        self.strategy = strategy
-        self._plan = ParallelPlan(transport=transport)
+    @abstractmethod
+    def plan(self, ranks: Ranks) -> ParallelPlan:
+        """Degrees and settings."""
 
-    def meta(self, case: Case, ranks: Ranks) -> SequenceMeta:
-        """In the layout that the library takes for this mask."""
-        layout = get_layout("auto")
-        return SequenceMeta.of(
-            case.seq_len, mask=case.rule, layout=layout, ring_rank=ranks.rank, ring_world=ranks.world
-        )
+    def mesh(self, ranks: Ranks) -> ParallelMesh:
+        """Collective when called first."""
+        return ranks.mesh(self.plan(ranks))
 
     def prepare(self, case: Case, ranks: Ranks) -> contextlib.AbstractContextManager[Attend]:
+        problems = self.plan(ranks).check(num_heads=case.heads, num_kv_heads=case.kv_heads, seq_len=case.seq_len)
+        if problems:
+            raise Unavailable(f"{problems[0].what}; {problems[0].hint}")
         try:
-            mesh = ranks.mesh(replace(self._plan, ring=ranks.world))
+            mesh = self.mesh(ranks)
         except (DistributedError, PlanError) as error:
             raise Unavailable(str(error).splitlines()[0]) from error
         return contextlib.nullcontext(self._attend(case, ranks, mesh))
 
     def without_messages(self, case: Case, ranks: Ranks) -> Attend:
-        return self._attend(case, ranks, ranks.silent(replace(self._plan, ring=ranks.world)))
+        return self._attend(case, ranks, ranks.silent(self.plan(ranks)))
+
+    def journal(self, ranks: Ranks) -> Journal:
+        return self.mesh(ranks).journal
 
     def _attend(self, case: Case, ranks: Ranks, mesh: ParallelMesh) -> Attend:
         meta = self.meta(case, ranks)
@@ -122,31 +147,59 @@ class OurStrategy(RingContender):
         return attend
 
 
-class OurUlysses(RingContender):
-    """The library's all-to-all around its kernels."""
+class OurStrategy(_Ours):
+    """A strategy of the library over a transport.
 
-    name, title, is_ours = "ulysses", "ours: ulysses", True
+    Args:
+        nccl: how NCCL shares the GPU; `note` names it, as part of the contender's name.
+    """
+
+    def __init__(self, strategy: str, transport: str, nccl: NcclSettings | None = None, note: str = "") -> None:
+        self.name = f"{strategy}-{transport}" + f"-{note}" * bool(note)
+        self.title = f"ours: {strategy}, {transport}" + f" ({note})" * bool(note)
+        self.strategy = strategy
+        self._transport, self._nccl = transport, nccl
+
+    def plan(self, ranks: Ranks) -> ParallelPlan:
+        return ParallelPlan(ring=ranks.world, transport=self._transport)
+
+    def mesh(self, ranks: Ranks) -> ParallelMesh:
+        return ranks.mesh(self.plan(ranks), self._nccl)
+
+    def meta(self, case: Case, ranks: Ranks) -> SequenceMeta:
+        """In the layout that the library takes for this mask."""
+        layout = get_layout("auto")
+        return SequenceMeta.of(
+            case.seq_len, mask=case.rule, layout=layout, ring_rank=ranks.rank, ring_world=ranks.world
+        )
+
+
+class OurUlysses(_Ours):
+    """The library's all-to-all around its kernels.
+
+    Args:
+        chunks: of a rank's heads, as in `ParallelPlan.ulysses_chunks`.
+    """
+
+    def __init__(self, chunks: int | None = None) -> None:
+        self._chunks = chunks
+        self.name = "ulysses" if chunks is None else f"ulysses-{chunks}"
+        self.title = "ours: ulysses" if chunks is None else f"ours: ulysses, heads in {chunks}"
+
+    def plan(self, ranks: Ranks) -> ParallelPlan:
+        return ParallelPlan(ulysses=ranks.world, ulysses_chunks=self._chunks)
 
     def meta(self, case: Case, ranks: Ranks) -> SequenceMeta:
         return SequenceMeta.of(case.seq_len, mask=case.rule, ulysses_rank=ranks.rank, ulysses_world=ranks.world)
 
-    def prepare(self, case: Case, ranks: Ranks) -> contextlib.AbstractContextManager[Attend]:
-        plan = ParallelPlan(ulysses=ranks.world)
-        problems = plan.check(num_heads=case.heads, num_kv_heads=case.kv_heads, seq_len=case.seq_len)
-        if problems:
-            raise Unavailable(str(problems[0]))
-        mesh, meta = ranks.mesh(plan), self.meta(case, ranks)
 
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return context_parallel_attention(q, k, v, meta=meta, mesh=mesh, scale=case.scale)
-
-        return contextlib.nullcontext(attend)
-
-
-class PlainUlysses(OurUlysses):
+class PlainUlysses(RingContender):
     """torch's all-to-all around its cuDNN attention (on a CPU its own), as one writes it down."""
 
-    name, title, is_ours = "ulysses-torch", "Ulysses, cuDNN (torch)", False
+    name, title = "ulysses-torch", "Ulysses, cuDNN (torch)"
+
+    def meta(self, case: Case, ranks: Ranks) -> SequenceMeta:
+        return SequenceMeta.of(case.seq_len, mask=case.rule, ulysses_rank=ranks.rank, ulysses_world=ranks.world)
 
     def prepare(self, case: Case, ranks: Ranks) -> contextlib.AbstractContextManager[Attend]:
         if case.mask not in ("causal", "full"):
@@ -267,17 +320,42 @@ class OneGpu:
         return share, attend
 
 
+@dataclass(frozen=True)
+class OneGpuHalo:
+    """One device with its share of the tokens, all heads, and before these as many tokens as the first of them see.
+
+    What a GPU reaches of a window that is sent no more than it needs. The rate counts the halo's own queries too.
+    """
+
+    title: str = "one GPU: ours, share and halo"
+
+    def attend(self, case: Case, ranks: Ranks) -> tuple[Case, Attend]:
+        """As `OneGpu.attend`."""
+        if case.mask != "window":
+            raise Unavailable("only a window has a halo")
+        share = replace(case, seq_len=-(-case.seq_len // ranks.world) + case.window)
+        return share, lambda q, k, v: attention(q, k, v, mask=share.rule, scale=case.scale)
+
+
 def _backend(device: torch.device) -> SDPBackend:
     return SDPBackend.CUDNN_ATTENTION if device.type == "cuda" else SDPBackend.MATH
 
 
-def ring_contenders(transports: Sequence[str]) -> list[RingContender]:
-    """Peers first, then ours: every strategy over every transport, what "auto" takes, and Ulysses."""
+def ring_contenders(transports: Sequence[str], sms: Sequence[int] = ()) -> list[RingContender]:
+    """Peers first, then ours: every strategy over every transport, what "auto" takes, and Ulysses.
+
+    Args:
+        sms: also the direct exchange over NCCL that takes at most so many SMs, each, and one without priority.
+    """
+    held = [OurStrategy("direct", "nccl", NcclSettings(max_sms=n), f"{n}sms") for n in sms]
+    if sms:
+        held.append(OurStrategy("direct", "nccl", NcclSettings(has_priority=False), "no-priority"))
     return [
         TorchContextParallel("alltoall"),
         TorchContextParallel("allgather"),
         PlainUlysses(),
-        OurUlysses(),
+        *(OurUlysses(chunks) for chunks in (None, 1, 2, 4)),
         *(OurStrategy(s, t) for t in transports for s in ("relay", "direct", "gather")),
+        *held,
         OurStrategy("auto", "auto"),
     ]

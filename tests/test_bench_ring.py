@@ -9,7 +9,7 @@ import torch
 
 from longctx import bench, bench_ring
 from longctx.peers import Case, Unavailable
-from longctx.peers_ring import Ranks, RingContender, ring_contenders
+from longctx.peers_ring import OneGpuHalo, Ranks, RingContender, SilentLink, ring_contenders
 from longctx.results import read
 from longctx.testing import run_distributed
 
@@ -21,16 +21,21 @@ def test_smoke(tmp_path):
     csv, png = tmp_path / "x.csv", tmp_path / "x.png"
     assert bench.main(["ring", "--smoke", "--csv", str(csv), "--plot", str(png)]) == 0
     rows = read(csv)
-    ours = {name for name in NAMES if "torch" not in name}
+    # Two key heads over two ranks: in 4 chunks they do not go, nor do two of query heads.
+    ours = {name for name in NAMES if "torch" not in name} - {"ulysses-4"}
     assert {r.name.removeprefix("ring/") for r in rows} == ours | {
         "ulysses-torch",
         "one GPU: ours",
         "one GPU: cuDNN (torch)",
+        "one GPU: ours, share and halo",
     }
     assert {r.config for r in rows} == {f"{c.label}, 2 ranks" for c in bench_ring.SMOKE_CASES}
     assert all(r.value > 0 for r in rows if r.unit == "TFLOP/s")
     silent = {r.name for r in rows if r.metric == "forward+backward exposed"}
-    assert silent == {f"ring/{name}" for name in ours - {"ulysses"}}
+    assert silent == {f"ring/{name}" for name in ours}
+    assert {r.name for r in rows if r.metric == "forward waiting" and r.value >= 0} == silent
+    window = [r for r in rows if r.name == "ring/one GPU: ours, share and halo"]
+    assert {r.config for r in window} == {f"{bench_ring.SMOKE_CASES[1].label}, 2 ranks"}
     assert png.read_bytes()[:4] == b"\x89PNG"
 
 
@@ -56,7 +61,7 @@ class Refusing(Wrong):
 
 
 def twins(rank: int) -> dict[str, object]:
-    ranks = Ranks(rank, 2, torch.device("cpu"), {})
+    ranks = Ranks(rank, 2, torch.device("cpu"))
     case = bench_ring.SMOKE_CASES[0]
     found = {}
     # The second is wrong on one rank only, the third in its gradients only.
@@ -90,7 +95,10 @@ def test_shares_and_rates():
         "direct-nccl": {"forward": 4.0, "forward+backward": 10.0},
     }
     result.silent_ms["direct-nccl"] = {"forward": 3.5, "forward+backward": 9.0}
-    assert [result.best_alone(m) for m in bench_ring.METRICS] == [2.0, 7.0]
+    result.waited_ms["direct-nccl"] = {"forward": 0.25, "forward+backward": 0.75}
+    for metric, ms in zip(bench_ring.METRICS, (2.0, 7.0), strict=True):
+        work = case.forward_flops / 2 * (1 if metric == "forward" else 3.5)
+        assert result.best_alone(metric, 2) == pytest.approx(work / ms / 1e9)
     assert result.tflops("direct-nccl", "forward", 2) == pytest.approx(case.forward_flops / 2 / 4e-3 / 1e12)
     assert result.tflops("direct-nccl", "forward+backward", 2) == pytest.approx(
         3.5 * case.forward_flops / 2 / 1e-2 / 1e12
@@ -101,7 +109,10 @@ def test_shares_and_rates():
     assert said.startswith(f"{case.label}\n")
     assert "0.500" in said
     assert "0.700" in said
-    assert "+0.50 ms (+12.5%) / +1.00 ms (+10.0%)" in said
+    assert "+0.50 ms (+12.5%) / +1.00 ms (+10.0%)  0.25 ms / 0.75 ms" in said
+    # A GPU that had more to do is measured by its rate.
+    result.flops["one GPU: ours"] = case.forward_flops
+    assert result.best_alone("forward", 2) == pytest.approx(case.forward_flops / 2.0 / 1e9)
 
 
 def test_the_default_table_is_the_projects():
@@ -116,14 +127,50 @@ def test_the_default_table_is_the_projects():
     ]
 
 
+def test_rows_and_sms_are_chosen_by_name():
+    args = bench_ring.parser().parse_args(
+        ["--rows", "128k-docs", "256k-window", "--sms", "4", "16", "--only", "direct-nccl-4sms"]
+    )
+    assert [c.label for c in bench_ring._cases(args)] == [c.label for c in bench_ring.DEFAULT_CASES[-2:]]
+    (chosen,) = bench_ring._entrants(args)
+    assert chosen.title == "ours: direct, nccl (4sms)"
+    names = [c.name for c in ring_contenders(["nccl"], [4, 16])]
+    assert {"direct-nccl-4sms", "direct-nccl-16sms", "direct-nccl-no-priority"} <= set(names)
+    assert len(set(names)) == len(names)
+
+
+def test_what_is_not_sent_is_replaced_by_numbers():
+    """A GPU computes faster on zeros, and on what happens to lie in a new buffer."""
+    link = SilentLink(0, 2)
+    kv, heads = torch.zeros(2, 3, 4), torch.zeros(2, 8, dtype=torch.uint8)
+    link.swap([], [kv, kv[0]], to=1, source=1, room=1000)()
+    assert (kv != 0).all()
+    link.all_to_all(torch.ones(2, 8, dtype=torch.uint8), heads)()
+    assert (heads == 1).all()
+
+
+def test_a_share_with_its_halo():
+    """The last rank's rows see the window before them, which the ring sends; one GPU has as many tokens more."""
+    case = bench_ring.ROWS["256k-window"]
+    share, _ = OneGpuHalo().attend(case, Ranks(0, 2, torch.device("cpu")))
+    assert share.seq_len == (128 << 10) + 4096
+    assert share.heads == case.heads
+    # Its rate is what counts; it has the halo's own rows more to do than a rank.
+    assert case.forward_flops / 2 < share.forward_flops < case.forward_flops / 2 * (1 + 4096 / (128 << 10))
+    with pytest.raises(Unavailable, match="only a window"):
+        OneGpuHalo().attend(bench_ring.ROWS["16k"], Ranks(0, 2, torch.device("cpu")))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--smoke", "--only", "dirct-auto"], "ConfigError: --only dirct-auto: did you mean 'direct-auto'?"),
         (["--smoke", "--heads", "4", "--kv-heads", "3"], "--heads 4 is not a multiple of --kv-heads 3"),
+        (["--smoke", "--sms", "4"], "--sms is about NCCL's kernels"),
+        (["--smoke", "--rows", "16k"], "--rows have shapes of their own"),
         (["--smoke", "--nproc", "1"], "a ring has at least two GPUs"),
     ],
-    ids=["only", "heads", "one"],
+    ids=["only", "heads", "sms", "rows", "one"],
 )
 def test_bad_options_are_refused(capsys, words, message):
     assert bench.main(["ring", *words]) == 2

@@ -18,7 +18,7 @@ from longctx.parallel.head_exchange import GroupHeadLink, HeadExchange, HeadLink
 from longctx.parallel.journal import Journal
 from longctx.parallel.plan import Coords, ParallelPlan
 from longctx.parallel.tensor_exchange import TensorExchange
-from longctx.parallel.transport import are_in_one_node, ring_link
+from longctx.parallel.transport import NcclSettings, are_in_one_node, ring_link
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
@@ -121,6 +121,7 @@ class ParallelMesh:
         device: torch.device | str,
         timeout: timedelta = DEFAULT_TIMEOUT,
         grad_dtype: torch.dtype | None = None,
+        nccl: NcclSettings | None = None,
     ) -> ParallelMesh:
         """Make the groups of `plan`. Collective: every rank of the world calls it.
 
@@ -129,23 +130,26 @@ class ParallelMesh:
             device: where this process's tensors live. On CUDA it must be the current device.
             timeout: how long a rank waits for another before it fails.
             grad_dtype: dtype of key and value gradients on the ring's wire. None: what `plan.grad_dtype` says.
+            nccl: of the groups that carry messages of layers, on GPUs. None: the defaults.
 
         A plan for one process needs no `torch.distributed.init_process_group`.
 
         Raises:
             PlanError: the plan does not fit the world, or needs what is not available.
-            DistributedError: the transport that the plan names cannot be had; several processes are needed but none, or a
+            DistributedError: the transport that the plan names cannot be had, or `nccl` is given without GPUs; several processes are needed but none, or a
                 backend that cannot carry the device's tensors, was initialised; the device is not the current one; no
                 contact.
         """
         device = torch.device(device)
+        if nccl is not None and device.type != "cuda":
+            raise DistributedError(f"nccl settings for a mesh on {device}: only GPUs use NCCL\n       leave them out")
         is_alone = not dist.is_initialized()
         plan = plan.resolve(1 if is_alone and _wants_one(plan) else _world_size(plan))
         rank = 0 if is_alone else dist.get_rank()
         groups: dict[str, dist.ProcessGroup | None] = {}
         if plan.world_size > 1:
             _check_backend(device)
-            groups = _make_groups(plan, rank, device, timeout)
+            groups = _make_groups(plan, rank, device, timeout, nccl)
         ring, ulysses = groups.get("ring"), groups.get("ulysses")
         link, in_one_node = None, True
         if ring is not None:
@@ -281,7 +285,7 @@ def _all_axes(plan: ParallelPlan, name: str) -> Iterator[tuple[int, ...]]:
 
 
 def _make_groups(
-    plan: ParallelPlan, rank: int, device: torch.device, timeout: timedelta
+    plan: ParallelPlan, rank: int, device: torch.device, timeout: timedelta, nccl: NcclSettings | None
 ) -> dict[str, dist.ProcessGroup | None]:
     """This rank's group on each axis. new_group is collective: every rank makes every group, in one order."""
     mine: dict[str, dist.ProcessGroup | None] = {}
@@ -291,24 +295,19 @@ def _make_groups(
             if len(ranks) == 1:
                 group = None
             elif name in _OF_LAYERS:
-                group = _new_group(ranks, device, timeout, is_urgent=True)
+                # Messages must start while attention fills the GPU; a high-priority stream gets the next free SMs.
+                options = (nccl or NcclSettings()).options(timeout) if device.type == "cuda" else None
+                group = _new_group(ranks, timeout, options)
             else:
                 if ranks not in made:
-                    made[ranks] = _new_group(ranks, device, timeout)
+                    made[ranks] = _new_group(ranks, timeout)
                 group = made[ranks]
             if rank in ranks:
                 mine[name] = group
     return mine
 
 
-def _new_group(
-    ranks: tuple[int, ...], device: torch.device, timeout: timedelta, *, is_urgent: bool = False
-) -> dist.ProcessGroup:
-    options = None
-    if is_urgent and device.type == "cuda":
-        # Messages must start while attention fills the GPU; a high-priority stream gets the next free SMs.
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        options._timeout = timeout
+def _new_group(ranks: tuple[int, ...], timeout: timedelta, options: Any = None) -> dist.ProcessGroup:
     try:
         return dist.new_group(list(ranks), timeout=timeout, pg_options=options)
     except RuntimeError as error:

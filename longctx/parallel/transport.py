@@ -11,13 +11,15 @@ import logging
 import math
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from longctx.errors import DistributedError
+from longctx.errors import DistributedError, PlanError
 from longctx.parallel.exchange import GroupLink, Link
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,32 @@ _SLOTS = 2
 _FILLED, _READ = 0, _SLOTS
 # Room of a slot is a multiple of this.
 _ROOM_STEP = 1 << 20
+
+
+@dataclass(frozen=True)
+class NcclSettings:
+    """How NCCL's kernels that carry messages of layers share a GPU with attention.
+
+    Args:
+        max_sms: the most SMs that messages of one group take while they are on their way, waiting for the peer included;
+            fewer leave more to attention, and move less in a second. None: what NCCL chooses.
+        has_priority: its stream gets SMs before attention's next blocks do, instead of in turn.
+    """
+
+    max_sms: int | None = None
+    has_priority: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_sms is not None and self.max_sms < 1:
+            raise PlanError(f"max_sms = {self.max_sms}: a message needs at least 1 SM; None lets NCCL choose")
+
+    def options(self, timeout: timedelta) -> Any:
+        """What torch's new_group takes."""
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=self.has_priority)
+        options._timeout = timeout
+        if self.max_sms is not None:
+            options.config.max_ctas = self.max_sms
+        return options
 
 
 class CopyEngineLink:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -16,10 +17,12 @@ from longctx.layout import SequenceMeta
 from longctx.masks import Causal, Documents, SlidingWindow
 from longctx.parallel.exchange import RingExchange
 from longctx.parallel.journal import Account, Journal
+from longctx.parallel.loss import LMHead
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
 from longctx.parallel.strategy import GatherStrategy, strategy_names
+from longctx.parallel.tensor import TensorParallel
 from longctx.testing import run_distributed, run_virtual_ring
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
@@ -118,6 +121,56 @@ def test_messages_of_ulysses_are_noted_too():
         ]
         assert account.bytes_sent == sent > 0
         assert account.flops > 0, "a ring of one computes the attention"
+
+
+def tensor_worker(rank: int) -> dict[str, object]:
+    mesh = ParallelMesh.create(ParallelPlan(tp=2), device="cpu", timeout=timedelta(seconds=30))
+    mesh.journal.is_measuring = True
+    said = noted(mesh)
+    x = torch.ones(1, 4, 2, requires_grad=True)
+    for shards_tokens in (False, True):
+        tensor = replace(TensorParallel.of(mesh.for_layer(5)), shards_tokens=shards_tokens)
+        tensor.leave(tensor.enter(x) * 2).sum().backward()
+    hidden = torch.ones(1, 4, 2, requires_grad=True)
+    head = LMHead(2, 6, tensor=TensorParallel.of(mesh))
+    torch.nn.init.ones_(head.weight)
+    head(hidden, torch.zeros(1, 4, dtype=torch.int64)).backward()
+    standing = mesh.journal.standing()
+    if rank == 1:
+        time.sleep(1.0)
+    late = threading.Thread(
+        target=lambda: mesh.tensor_exchange.all_reduce(torch.ones(1), what="forward, tp sum", layer=8)
+    )
+    late.start()
+    time.sleep(0.3)
+    waiting = mesh.journal.standing()
+    late.join()
+    return {
+        "said": said,
+        "account": mesh.journal.take(),
+        "standing": standing.text,
+        "waiting": (waiting.is_waiting, waiting.text),
+    }
+
+
+def test_messages_of_tensor_parallelism_are_noted_and_not_accounted_for():
+    found = run_distributed(tensor_worker, world=2)
+    for f in found:
+        assert f["said"][:7] == [
+            "layer 5, forward, tp sum (with ranks 0, 1)",
+            "layer 5, backward, tp sum of a gradient (with ranks 0, 1)",
+            "layer 5, forward, tp tokens gathered (with ranks 0, 1)",
+            "layer 5, forward, tp sum scattered (with ranks 0, 1)",
+            "layer 5, backward, tp gradient gathered (with ranks 0, 1)",
+            "layer 5, backward, tp gradient scattered (with ranks 0, 1)",
+            "loss, tp maxima of logits (with ranks 0, 1)",
+        ]
+        assert "loss, tp sums of exponentials (with ranks 0, 1)" in f["said"]
+        assert f["account"] == Account()
+        assert f["standing"].startswith("last message, arrived: ")
+    is_waiting, text = found[0]["waiting"]
+    assert is_waiting
+    assert text == "waiting for 0 s: layer 8, forward, tp sum (with ranks 0, 1)"
 
 
 @pytest.mark.parametrize("strategy", strategy_names())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +12,7 @@ import torch.distributed as dist
 from longctx.errors import DistributedError, PlanError
 from longctx.parallel.mesh import Axis, ParallelMesh
 from longctx.parallel.plan import ParallelPlan
+from longctx.parallel.transport import NcclSettings
 from longctx.testing import run_distributed
 
 AXES = ("ring", "ulysses", "tp", "sp", "dp", "grad", "pp")
@@ -158,3 +162,40 @@ def test_several_processes_need_one():
         ParallelMesh.create(ParallelPlan(ring=2), device="cpu")
     with pytest.raises(DistributedError, match="torchrun"):
         ParallelMesh.create(ParallelPlan(dp=2), device="cpu")
+
+
+def test_nccl_settings_are_of_gpus():
+    with pytest.raises(DistributedError, match="only GPUs use NCCL"):
+        ParallelMesh.create(ParallelPlan(), device="cpu", nccl=NcclSettings(max_sms=4))
+    with pytest.raises(PlanError, match="at least 1 SM"):
+        NcclSettings(max_sms=0)
+
+
+def test_nccl_settings_reach_the_group(monkeypatch):
+    class Options:
+        def __init__(self, is_high_priority_stream):
+            self.is_high_priority_stream, self.config = is_high_priority_stream, SimpleNamespace(max_ctas=None)
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    timeout = timedelta(seconds=7)
+    by_default, held = (s.options(timeout) for s in (NcclSettings(), NcclSettings(max_sms=8, has_priority=False)))
+    assert (by_default.is_high_priority_stream, by_default.config.max_ctas, by_default._timeout) == (
+        True,
+        None,
+        timeout,
+    )
+    assert (held.is_high_priority_stream, held.config.max_ctas) == (False, 8)
+
+
+def gpu_worker(rank: int) -> list[float]:
+    found = []
+    for settings in (NcclSettings(max_sms=2), NcclSettings(has_priority=False)):
+        mesh = ParallelMesh.create(ParallelPlan(ring=2), device=torch.device("cuda", rank), nccl=settings)
+        token = torch.full((1 << 20,), float(rank), device="cuda")
+        found.append(float(mesh.exchange.rotate(token, 1, purpose="test", what="test").wait().mean()))
+    return found
+
+
+@pytest.mark.gpu2
+def test_messages_arrive_with_few_sms():
+    assert run_distributed(gpu_worker, world=2, backend="nccl", timeout_s=120) == [[1.0, 1.0], [0.0, 0.0]]
