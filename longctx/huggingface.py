@@ -7,7 +7,7 @@ travels with the batch, as the keyword `sequence_meta` that models hand on to th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from longctx.errors import KernelError, PlanError, Problem, format_problems
+from longctx.errors import KernelError, PlanError, Problem, ShapeError, format_problems
 from longctx.functional import linear_cross_entropy
 from longctx.hf_attention import NAME, Span
+from longctx.hf_masks import document_mask
 from longctx.layout import SequenceLayout, SequenceMeta
-from longctx.masks import AttentionMask, Documents
+from longctx.masks import AttentionMask, Causal, Documents
+from longctx.model import keep_attention
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ulysses_problems
 from longctx.parallel.strategy import ContextStrategy, get_strategy
-from longctx.shapes import check_shapes
 
 IGNORE = -100
 
@@ -33,6 +34,11 @@ IGNORE = -100
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 # Kinds of RoPE whose frequencies follow from the greatest position, of which each rank knows its own.
 _ROPES_OF_LENGTH = ("dynamic", "longrope")
+# How the settings begin of layers that carry a state along the sequence.
+_STATEFUL = ("mamba_", "ssm_", "linear_", "conv_", "rwkv", "lru_")
+# What a collator may put into a batch beside what is cut here; it says which documents are packed.
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_KNOWN = ("input_ids", "labels", "position_ids", "attention_mask", *_BOUNDARIES)
 
 
 def parallelize(
@@ -71,61 +77,82 @@ def parallelize(
 
 
 def shard_batch(
+    batch: Mapping[str, Any],
     mesh: ParallelMesh,
-    input_ids: Tensor,
-    labels: Tensor | None = None,
     *,
     mask: AttentionMask | None = None,
     layout: SequenceLayout | str | None = None,
-    pad_token_id: int = 0,
+    num_items_in_batch: int | None = None,
 ) -> dict[str, Any]:
-    """This rank's part of whole sequences, as the keyword arguments of a model: `model(**shard_batch(...))`.
+    """This rank's part of a batch as transformers' collators make it, to be called with: `model(**shard_batch(batch, mesh))`.
 
-    The loss of such a call, averaged over all ranks, is the mean over all targets of all ranks, and so is its gradient under
-    whatever averages gradients over the ranks, as DDP, FSDP2 and DeepSpeed do.
+    Every rank of `mesh.sp` gives the same batch. Labels are shifted before they are cut, so the token behind a shard's edge is
+    predicted too. Packed documents are those of `position_ids` that start anew, or of `cu_seq_lens_q`; padding, where
+    `attention_mask` is 0, is a document of its own. A length that cannot be cut evenly is padded inside. Documents are read on
+    the host: of a batch on the CPU, where collators work, without waiting for anything.
+
+    The loss that the model then returns, averaged over all ranks, is the mean over the targets of all of them; and so are the
+    gradients under whatever averages them over the ranks, as DDP, FSDP2 and DeepSpeed do.
 
     Args:
-        mesh: the one that the model was parallelized with. Ranks of one dp coordinate give the same sequences. Collective.
-        input_ids: int64 "b s", whole sequences, of any length.
-        labels: int64 "b s", not shifted, -100 where there is no target. None: no loss.
-        mask: who sees whom, such as `Causal() & Documents(cu_seqlens)`. None: causal. Windows come from the model's layers.
-            Positions start anew in each document.
-        layout: how a sequence is cut, as in `SequenceMeta.of`. None: zigzag.
-        pad_token_id: stands where a sequence was padded to be cut evenly; seen by nobody.
+        batch: whole sequences: `input_ids` int64 [b, S]; and if there are any `labels` [b, S], not shifted, -100 where there is no
+            target; `position_ids` [b or 1, S], `attention_mask` [b, S] of 0 and 1, `cu_seq_lens_q` int32 [documents + 1] for b = 1.
+        mask: who sees whom beside that; None: causal. Windows come from the model's layers. Without `position_ids`, positions
+            start anew in each document of this mask.
+        layout: of the ring, as in `SequenceMeta.of`; None: what the plan of `mesh` says.
+        num_items_in_batch: targets of all ranks and micro-batches of a step. None: there is one micro-batch, and the ranks of `mesh.dp`
+            count theirs together (a message, if there are several).
 
     Returns:
-        `input_ids`, `position_ids`: int64 "b s/n", on the mesh's device; `sequence_meta`; `use_cache` False; and with labels `labels` and
-        `shift_labels`, the targets of the local tokens, and `num_items_in_batch`.
+        On the mesh's device: `input_ids`, `position_ids` [b, s]; `sequence_meta`; `use_cache` False; and with labels `labels` and `shift_labels`,
+        the targets of these tokens, and `num_items_in_batch`, what the sum of their losses is divided by.
 
     Raises:
-        ShapeError: shapes disagree.
-        DistributedError: the ranks have no target at all.
+        ShapeError: a key that is not known here, shapes that disagree, or padding in the middle of a row.
     """
-    check_shapes(input_ids=(input_ids, "b s"), **({} if labels is None else {"labels": (labels, "b s")}))
-    seq_len = input_ids.shape[1]
+    _check_batch(batch)
+    tokens, positions, labels = (batch.get(name) for name in ("input_ids", "position_ids", "labels"))
+    assert tokens is not None, "checked"
+    documents = document_mask(
+        tokens.shape,
+        position_ids=positions,
+        attention_mask=batch.get("attention_mask"),
+        cu_seqlens=batch.get("cu_seq_lens_q"),
+    )
+    mask = mask or Causal()
     meta = SequenceMeta.of(
-        seq_len,
-        mask=mask,
-        layout=layout,
+        tokens.shape[1],
+        mask=mask & documents,
+        layout=layout or mesh.plan.sequence_layout,
         ring_rank=mesh.ring.rank,
         ring_world=mesh.ring.size,
         ulysses_rank=mesh.ulysses.rank,
         ulysses_world=mesh.ulysses.size,
         device=mesh.device,
     )
-    positions = _positions_in_documents(meta.mask, seq_len).expand(input_ids.shape[0], -1)
-    batch: dict[str, Any] = {
-        "input_ids": meta.shard(input_ids.to(mesh.device), fill=pad_token_id),
-        "position_ids": meta.shard(positions.to(mesh.device), fill=0),
+    if positions is None:
+        positions = _positions_in_documents(mask, tokens.shape[1])
+    found: dict[str, Any] = {
+        "input_ids": meta.shard(tokens.to(mesh.device), fill=0),
+        "position_ids": meta.shard(positions.expand(tokens.shape).to(mesh.device), fill=0),
         "sequence_meta": meta,
         "use_cache": False,
     }
     if labels is not None:
-        # Shifted before the cut: the target of a shard's last token is another rank's.
-        shifted = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], 1).to(mesh.device)
-        targets = meta.shard(shifted, fill=IGNORE)
-        batch |= {"labels": targets, "shift_labels": targets, "num_items_in_batch": _targets_per_rank(mesh, targets)}
-    return batch
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        if num_items_in_batch is None:
+            num_items_in_batch = _count_targets(shifted, mesh)
+        # Models make a loss where there are labels, and take it of these where they are given shifted.
+        found["labels"] = found["shift_labels"] = meta.shard(shifted.to(mesh.device), fill=IGNORE)
+        found["num_items_in_batch"] = torch.tensor(num_items_in_batch / mesh.grad.size, device=mesh.device)
+    return found
+
+
+def gradient_checkpointing_kwargs() -> dict[str, Any]:
+    """For `model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=...)`: layers are computed again in backward,
+    attention and its messages are not. Costs s * h * (2 * d + 4) bytes a layer and sequence in bf16.
+    """
+    return {"use_reentrant": False, "context_fn": keep_attention}
 
 
 class CausalLMLoss(nn.Module):
@@ -173,12 +200,14 @@ def _problems(model: PreTrainedModel, mesh: ParallelMesh) -> list[Problem]:
         problems.append(
             Problem("an encoder and a decoder attend to sequences of two lengths, which one cut does not serve")
         )
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES))
-    if kinds:
+    beyond = sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES))
+    beyond += [name for name, value in vars(config).items() if name.startswith(_STATEFUL) and value]
+    beyond += ["attention_chunk_size"] * bool(getattr(config, "attention_chunk_size", None))
+    if beyond:
         problems.append(
             Problem(
-                f"layers of the kinds {', '.join(kinds)} carry something else than keys and values along the sequence",
-                f"kinds that can be cut: {', '.join(_LAYER_TYPES)}",
+                f"layers look beyond a shard otherwise than by attention over one mask: {', '.join(beyond)}",
+                f"kinds of layers that can be cut: {', '.join(_LAYER_TYPES)}; train this one on whole sequences",
             )
         )
     ropes = sorted({kind for kind in _rope_types(config) if kind in _ROPES_OF_LENGTH})
@@ -214,12 +243,30 @@ def _positions_in_documents(mask: AttentionMask, seq_len: int) -> Tensor:
     return positions[None]
 
 
-def _targets_per_rank(mesh: ParallelMesh, targets: Tensor) -> Tensor:
-    """The targets of all ranks that gradients are averaged over, divided by their number."""
-    count = (targets != IGNORE).sum()
-    if mesh.grad.size > 1:
-        dist.all_reduce(count, group=mesh.grad.group)
-    return count / mesh.grad.size
+def _count_targets(shifted: Tensor, mesh: ParallelMesh) -> int:
+    """Targets of all dp ranks' sequences."""
+    count = (shifted != IGNORE).sum().to(mesh.device)
+    if mesh.dp.size > 1:
+        dist.all_reduce(count, group=mesh.dp.group)
+    return int(count)
+
+
+def _check_batch(batch: Mapping[str, Any]) -> None:
+    """ShapeError for what cannot be cut."""
+    tokens = batch.get("input_ids")
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2:
+        got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ShapeError(f"input_ids is {got}: a batch has input_ids [b, S], the whole sequence on every rank of it")
+    if unknown := [name for name in batch if name not in _KNOWN]:
+        raise ShapeError(
+            f"this batch has {', '.join(unknown)}, and what a shard's part of that is, is not known here\n"
+            f"       leave it out, or cut it by shard_batch(...)['sequence_meta'].shard; known: {', '.join(_KNOWN)}"
+        )
+    length = tokens.shape[1]
+    for name in ("labels", "position_ids", "attention_mask"):
+        allowed = (tuple(tokens.shape), (1, length)) if name == "position_ids" else (tuple(tokens.shape),)
+        if batch.get(name) is not None and tuple(batch[name].shape) not in allowed:
+            raise ShapeError(f"{name} is {list(batch[name].shape)}, but input_ids is {list(tokens.shape)}")
 
 
 def _check_logits(model: PreTrainedModel) -> None:
