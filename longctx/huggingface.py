@@ -24,8 +24,8 @@ from longctx.hf_masks import document_mask
 from longctx.layout import SequenceLayout, SequenceMeta
 from longctx.masks import AttentionMask, Causal, Documents
 from longctx.model import keep_attention
+from longctx.parallel.degrees import ulysses_problems
 from longctx.parallel.mesh import ParallelMesh
-from longctx.parallel.plan import ulysses_problems
 from longctx.parallel.strategy import ContextStrategy, get_strategy
 
 IGNORE = -100

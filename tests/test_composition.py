@@ -95,7 +95,9 @@ def compile_worker(rank: int, degrees: dict[str, int], backend: str) -> dict:
     return {"worst": worst, "orders": orders, "frames": frames}
 
 
-@pytest.mark.parametrize("degrees", [{"ring": 2}, {"ulysses": 2}, {}], ids=["ring2", "ulysses2", "one_process"])
+@pytest.mark.parametrize(
+    "degrees", [{"ring": 2}, {"ulysses": 2, "ulysses_chunks": 2}, {}], ids=["ring2", "ulysses2", "one_process"]
+)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_block_agrees_and_sends_the_same_messages_in_the_same_order(degrees):
     world = degrees.get("ring", 1) * degrees.get("ulysses", 1)
