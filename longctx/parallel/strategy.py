@@ -35,7 +35,7 @@ KEPT_OPERATORS = (RING_ATTENTION_OP, DIRECT_ATTENTION.forward, GATHER_ATTENTION.
 
 
 class ContextStrategy(ABC):
-    """One scheme of communication over a ring. `name` is what settings call it."""
+    """One scheme of communication over a ring. `name` is what settings call it, and what its operators are registered as."""
 
     name: str
 
