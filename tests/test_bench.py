@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx import bench, bench_errors, bench_timing, peers, predecessors, results, tables
+from longctx import bench, bench_errors, bench_timing, figures, peers, predecessors, results, tables
 from longctx.kernels import kernel_names
 from longctx.peers import Case, Contender, Ours, Prepared, Unavailable
 from longctx.results import read
@@ -61,7 +61,10 @@ class TestCase:
         assert {(c.head_dim, c.mask) for c in cases} == {(d, m) for d in (64, 128) for m in ("causal", "full")}
         assert {c.batch * c.seq_len for c in cases if c.seq_len <= 1 << 14} == {1 << 14}
         assert {c.batch for c in cases if c.seq_len > 1 << 14} == {1}
-        assert {c.heads * c.head_dim for c in cases if c.seq_len <= 1 << 17} == {2048}
+        assert {c.heads * c.head_dim for c in cases if c.seq_len <= 1 << 16} == {2048}
+        assert {c.heads for c in cases if c.seq_len >= 1 << 19} == {1}
+        # The short ones first: what a short call measures is whole.
+        assert [c.seq_len for c in cases] == sorted(c.seq_len for c in cases)
         assert max(c.forward_flops for c in cases) <= 1.2e15
         assert {c.seq_len for c in bench.sweep_cases(1000)} == {512}
 
@@ -220,20 +223,52 @@ class TestBudget:
         speed = 3.5 * self.CASES[0].forward_flops
         slow, calls = self.slow(clock, speed)
         quick, _ = self.slow(clock, 100 * speed, called="quick")
-        budget = bench_timing.Budget(15.0)
+        budget = bench_timing.Budget(10.0)
         found = [bench.measure(case, [slow, quick], CPU, torch.float32, budget=budget) for case in self.CASES]
         assert found[0].tflops["slow"]["forward"] == pytest.approx(speed / 1e12)
-        assert "skipped: 20 s expected at its last" in found[1].refused["slow"]
-        assert "more than the 15 s of --budget" in found[1].refused["slow"]
-        assert "skipped: 80 s expected" in found[2].refused["slow"]
+        assert "skipped: 12 s expected at its last" in found[1].refused["slow"]
+        assert "more than the 10 s of --budget" in found[1].refused["slow"]
+        assert "skipped: 48 s expected" in found[2].refused["slow"]
         assert set(calls) == {32}
         assert all("quick" in r.tflops for r in found)
 
     def test_a_first_case_that_takes_too_long_is_run_once(self, clock):
         slow, calls = self.slow(clock, self.CASES[0].forward_flops)
-        result = bench.measure(self.CASES[0], [slow], CPU, torch.float32, budget=bench_timing.Budget(15.0))
-        assert "skipped: 18 s expected by its first forward and backward" in result.refused["slow"]
+        result = bench.measure(self.CASES[0], [slow], CPU, torch.float32, budget=bench_timing.Budget(10.0))
+        assert "skipped: 10 s expected by its first forward and backward" in result.refused["slow"]
         assert calls == [32, 32]
+
+    def test_a_very_long_call_is_timed_once(self, clock):
+        slow, calls = self.slow(clock, self.CASES[0].forward_flops)
+        result = bench.measure(self.CASES[0], [slow], CPU, torch.float32, with_parts=False)
+        assert result.tflops["slow"]["forward"] == pytest.approx(self.CASES[0].forward_flops / 1e12)
+        assert calls == [32] * 4, "a forward and a backward to check, and one of each to time"
+
+    def test_when_the_time_is_over_the_rest_is_left_for_another_call(self, clock):
+        speed = 3.5 * self.CASES[0].forward_flops
+        slow, calls = self.slow(clock, speed)
+        budget = bench_timing.Budget(100.0, 12.0)
+        found = [bench.measure(case, [slow], CPU, torch.float32, budget=budget) for case in self.CASES]
+        assert "slow" in found[0].tflops
+        # 1 s to check; a forward and a backward of a second or less are timed four times each.
+        assert clock[0] == pytest.approx(5.0)
+        assert "left for another call: 12 s expected" in found[1].refused["slow"]
+        assert "7 s remain of --time" in found[1].refused["slow"]
+        clock[0] = 12.0
+        late = bench.measure(self.CASES[0], [slow], CPU, torch.float32, budget=budget)
+        assert late.refused["slow"] == "left for another call: the 12 s of --time are over"
+        assert set(calls) == {32}
+
+    def test_what_is_known_is_not_run_again_and_predicts(self, clock):
+        speed = 3.5 * self.CASES[0].forward_flops
+        slow, calls = self.slow(clock, speed)
+        known = {"slow": {"forward": 1.0, "backward": 2.0, "forward+backward": speed / 1e12}}
+        budget = bench_timing.Budget(10.0)
+        result = bench.measure(self.CASES[0], [slow], CPU, torch.float32, budget=budget, kept=known)
+        assert result.tflops == known
+        after = bench.measure(self.CASES[1], [slow], CPU, torch.float32, budget=budget)
+        assert "skipped: 12 s expected at its last" in after.refused["slow"]
+        assert calls == []
 
     def test_without_a_budget_everything_is_measured(self, clock):
         slow, _ = self.slow(clock, 1.0)
@@ -346,20 +381,46 @@ class TestCommand:
         assert all(r.unit == "TFLOP/s" and r.value > 0 for r in rows)
         assert png.read_bytes()[:4] == b"\x89PNG"
 
-    def test_a_sweep_is_drawn_again_from_its_file(self, tmp_path, capsys):
-        csv, first, again = (tmp_path / name for name in ("x.csv", "first.png", "again.png"))
-        words = ["attention", "--smoke", "--sweep", "--only", "standard", "reference"]
-        assert bench.main([*words, "--csv", str(csv), "--plot", str(first)]) == 0
+    def test_several_calls_fill_one_file(self, tmp_path, capsys, monkeypatch):
+        """A call without time measures nothing, the next ones what is missing, and the last nothing more."""
+        csv, png = tmp_path / "sweep.csv", tmp_path / "first.png"
+        words = ["attention", "--smoke", "--sweep", "--resume", "--commit", "abc", "--csv", str(csv)]
+        assert bench.main([*words, "--only", "reference", "--time", "0"]) == 0
+        assert "left for another call: the 0 s of --time are over" in capsys.readouterr().out
+        assert {r.name for r in read(csv)} == {"sweep/matmul"}
+        assert bench.main([*words, "--only", "reference", "--rows", "32,"]) == 0
+        half = read(csv)
+        assert {r.config for r in half if r.name == "sweep/reference"} == {
+            c.label for c in bench.smoke_sweep() if c.seq_len == 32
+        }
+        assert bench.main([*words, "--only", "standard", "reference"]) == 0
+        whole = read(csv)
+        assert whole[: len(half)] == half
+        assert len(whole) == 1 + 2 * 4 * 3, "every contender, case and metric once"
+        capsys.readouterr()
+        assert bench.main([*words, "--only", "standard", "reference", "--plot", str(png)]) == 0
         out = capsys.readouterr().out
-        rows = read(csv)
-        assert {r.name for r in rows} == {"sweep/matmul", "sweep/standard", "sweep/reference"}
-        assert {r.metric for r in rows} == {"forward", "backward", "forward+backward"}
+        assert read(csv) == whole
         for case in bench.smoke_sweep():
             assert case.label in out
-        assert bench.main(["attention", "--redraw", str(csv), "--plot", str(again)]) == 0
-        assert first.read_bytes()[:4] == again.read_bytes()[:4] == b"\x89PNG"
         # Nothing of it goes into the README's table.
-        assert tables.attention_table(rows) == "Not measured yet."
+        assert tables.attention_table(whole) == "Not measured yet."
+        # Other code: everything is measured again.
+        words[words.index("abc")] = "def"
+        assert bench.main([*words, "--only", "reference", "--rows", "32,"]) == 0
+        assert len(read(csv)) == len(whole) + 1 + 2 * 3
+        drawn = figures.digest_in(png)
+        assert (
+            drawn == figures.sweep_lines(whole, {"standard": "standard (torch)", "reference": "ours: reference"}).digest
+        )
+
+    def test_rows_are_taken_by_a_part_of_their_name(self, capsys):
+        rows = bench._cases(bench.parser().parse_args(["attention", "--rows", "docs", "window"]))
+        assert rows == list(bench.DEFAULT_CASES[-2:])
+        rows = bench._cases(bench.parser().parse_args(["attention", "--errors", "--rows", "1 x 128k"]))
+        assert [c.logits for c in rows] == [None, 50.0]
+        assert bench.main(["attention", "--smoke", "--rows", "2 x 48", "64k"]) == 2
+        assert "ConfigError: --rows '64k' is in none of:\n  1 x 64, 2/1 heads of 16, causal" in capsys.readouterr().err
 
     def test_errors_are_printed_and_written(self, tmp_path, capsys):
         csv = tmp_path / "x.csv"
@@ -371,6 +432,35 @@ class TestCommand:
         assert {r.name for r in rows} == {"errors/fa2", "errors/reference"}
         assert {r.metric for r in rows} == set(bench_errors.TENSORS)
         assert all(0 < r.value < 1e-4 for r in rows)
+        assert "Not measured" not in tables.errors_table(rows)
+
+    def test_errors_are_judged_by_the_best_yardstick(self):
+        class Mine(Broken):
+            is_ours, name, title = True, "triton", "ours: triton"
+
+        cases = [Case(batch=1, seq_len=8, heads=1, kv_heads=1, head_dim=8, logits=x) for x in (None, 50.0)]
+        found = [
+            bench_errors.CaseErrors(
+                cases[0], {"fa4": {"out": 2e-3, "dq": 1e-3}, "triton": {"out": 2e-3, "dq": 1.05e-3}}
+            ),
+            bench_errors.CaseErrors(cases[1], {"cudnn-torch": {"out": 1e-3}, "triton": {"out": 1.2e-3}}),
+        ]
+        mine = Mine(None)
+        assert bench_errors.verdicts(found[:1], [mine]) == [
+            "ours: triton: at most 1.050 x (dq of 1 x 8, 1/1 heads of 8, causal), within 1.1"
+        ]
+        assert bench_errors.verdicts(found, [mine])[0].endswith("logits of 50), BEYOND 1.1")
+        where = results.environment("GPU X", commit="c")
+        rows = [row for case in found for row in bench_errors.error_rows(case, **where)]
+        assert {(r.metric, r.unit) for r in rows if r.name == "errors/triton"} == {
+            ("out", "relative"), ("dq", "relative"), ("out ratio", "x"), ("dq ratio", "x"),
+        }  # fmt: skip
+        text = tables.errors_table(rows)
+        assert "At most: ours: triton 1.20 x" in text
+        assert (
+            "| 1 x 8, 1/1 heads of 8, causal | **ours: triton** | 2.0e-03 (1.00 x) | - | 1.1e-03 (1.05 x) | - | - |"
+            in text
+        )
 
     def test_options_make_cases(self):
         words = ["attention", "--shapes", "4x8k", "64", "--dim", "64", "128", "--heads", "8", "--kv-heads", "2"]
@@ -401,10 +491,11 @@ class TestCommand:
                 "ConfigError: --heads 4 is not a multiple of --kv-heads 3",
             ),
             (["--smoke", "--sweep", "--dim", "64"], "ConfigError: --sweep has shapes of its own"),
-            (["--smoke", "--errors", "--plot", "x.png"], "ConfigError: --errors draws nothing"),
-            (["--redraw", "x.csv"], "ConfigError: --redraw needs --plot"),
+            (["--smoke", "--errors", "--plot", "x.png"], "ConfigError: --errors knows no --plot"),
+            (["--smoke", "--errors", "--resume"], "ConfigError: --errors knows no --resume"),
+            (["--smoke", "--resume"], "ConfigError: --resume needs --csv"),
         ],
-        ids=["only", "heads", "sweep", "errors", "redraw"],
+        ids=["only", "heads", "sweep", "errors", "errors_resume", "resume"],
     )
     def test_bad_options_are_refused(self, capsys, words, message):
         assert bench.main(["attention", *words]) == 2

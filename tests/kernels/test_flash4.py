@@ -93,19 +93,25 @@ def test_last_and_only_blocks(visible, stand_in):
 
 def test_a_causal_block_is_called_causal(stand_in):
     """Not a window without a left end: that is another kernel of theirs, and a slower one."""
-    q, k = torch.zeros(1, 6, 1, 8), torch.zeros(1, 9, 1, 8)
-    assert flash4._part(KeyRange.causal(), q, k) == (slice(0, 6), slice(0, 6), {"causal": True})
-    rows, keys, mask = flash4._part(KeyRange("band", -2, 1), q, k)
-    assert (rows, keys, mask) == (slice(0, 6), slice(0, 6), {"window_size_left": 2, "window_size_right": 0})
+
+    def calls(key_range):
+        return [
+            (rows, keys, flash4._limits(inside, rows.stop - rows.start, keys.stop - keys.start))
+            for rows, keys, inside in get_kernel("flash4").pieces(key_range, 6, 9)
+        ]
+
+    assert calls(KeyRange.causal()) == [(slice(0, 6), slice(0, 6), {"causal": True})]
+    window = {"window_size_left": 2, "window_size_right": 0}
+    assert calls(KeyRange("band", -2, 1)) == [(slice(0, 6), slice(0, 6), window)]
     # Rows that see nothing are cut off: the last one's place is beside the last key of what is left.
-    assert flash4._part(KeyRange("band", -UNBOUNDED, -3), q, k) == (slice(4, 6), slice(0, 2), {"causal": True})
-    assert flash4._part(KeyRange("band", -UNBOUNDED, -5), q, k) is None
+    assert calls(KeyRange("band", -UNBOUNDED, -3)) == [(slice(4, 6), slice(0, 2), {"causal": True})]
+    assert calls(KeyRange("band", -UNBOUNDED, -5)) == []
 
 
 def test_what_it_leaves_to_others(monkeypatch):
     kernel = get_kernel("flash4")
     q = torch.zeros(1, 4, 1, 8)
-    with pytest.raises(KernelError, match="kernel 'flash4' is used without"):
+    with pytest.raises(KernelError, match="kernel 'flash4' has none"):
         kernel.forward(q, q, q, KeyRange.full(), scale=1.0, softcap=2.0)
     monkeypatch.setattr(flash4, "flash4_missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
