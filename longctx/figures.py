@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from longctx.bench_timing import TIMED
 from longctx.errors import ConfigError
@@ -66,12 +67,6 @@ class Picture:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
-def _titles() -> dict[str, str]:
-    """contender -> its name in legends, in the order of the sweep, then what only the table has."""
-    ours = kernel_names()
-    return {c.name: c.title for c in (*sweep_contenders(ours), *contenders(ours))}
-
-
 def attention_bars(rows: Sequence[Measurement], titles: Mapping[str, str] | None = None) -> Picture:
     """Forward and backward of every shape of `attention/...` on the GPU of the newest row.
 
@@ -81,7 +76,7 @@ def attention_bars(rows: Sequence[Measurement], titles: Mapping[str, str] | None
     Raises:
         ConfigError: there is nothing of it in `rows`.
     """
-    titles = titles or _titles()
+    titles = titles or {c.name: c.title for c in contenders(kernel_names())}
     rows = _of("attention/", rows)
     values = {(row.name.split("/", 1)[1], row.metric, row.config): row.value for row in rows}
     groups = list(dict.fromkeys(row.config for row in rows if row.name != "attention/matmul"))
@@ -126,7 +121,7 @@ def sweep_lines(rows: Sequence[Measurement], titles: Mapping[str, str] | None = 
     Raises:
         ConfigError: there is no sweep in `rows`.
     """
-    titles = titles or _titles()
+    titles = titles or {c.name: c.title for c in sweep_contenders(kernel_names())}
     rows = _of("sweep/", rows)
     # (head dim, mask) -> (metric, contender) -> length -> TFLOP/s.
     found: dict[tuple[int, str], dict[tuple[str, str], dict[int, float]]] = {}
@@ -174,9 +169,11 @@ def _bars(
     titles: Mapping[str, str],
     ours: set[str],
 ) -> Iterator[Line]:
+    # Whoever is in one panel has a place, and a colour, in all.
+    shown = {name for name, _, _ in values}
     for name, title in titles.items():
-        points = [(i, values[name, metric, g]) for i, g in enumerate(groups) if (name, metric, g) in values]
-        if points:
+        if name in shown:
+            points = [(i, values[name, metric, g]) for i, g in enumerate(groups) if (name, metric, g) in values]
             yield Line(title, name in ours, tuple(points))
 
 
@@ -203,7 +200,7 @@ def draw(picture: Picture, path: Path) -> None:
     size = (max(6.0, 1.7 * len(picture.ticks)), 4.0 * rows) if bars else (4.2 * columns, 3.0 * rows)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey=not bars)
-    handles: dict[str, object] = {}
+    handles: dict[str, Any] = {}
     for r, row in enumerate(picture.panels):
         for c, panel in enumerate(row):
             axes = grid[r, c]
@@ -218,7 +215,7 @@ def draw(picture: Picture, path: Path) -> None:
         at, labels = zip(*picture.ticks, strict=True)
         axes.set_xticks(at, labels, fontsize=8, rotation=0 if bars else 60)
         axes.set_xlabel("" if bars else "length")
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, title=picture.title)
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4, title=picture.title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={_DIGEST_KEY: picture.digest})
 
