@@ -61,6 +61,7 @@ LAYERS = (
         ),
     ),
     ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
+    ("L6 Hugging Face", ("hf_masks", "hf_attention", "huggingface")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
     (
@@ -95,7 +96,18 @@ FORBIDDEN = (
     (("kernels",), ("torch.distributed", "deepspeed"), "a kernel knows of no other process"),
     (PURE, ("torch.distributed", "deepspeed"), "plans are decided without a GPU"),
     (
-        ("parallel", "flash", "functional", "attention", "rope", "initial", "model"),
+        (
+            "parallel",
+            "flash",
+            "functional",
+            "attention",
+            "rope",
+            "initial",
+            "model",
+            "hf_masks",
+            "hf_attention",
+            "huggingface",
+        ),
         ("deepspeed", "wandb"),
         "the library works without the trainer",
     ),
