@@ -65,8 +65,9 @@ def attention_table(rows: Sequence[Measurement]) -> str:
         here = latest([r for r in rows if r.gpu == gpu and not r.source])
         anchors = latest([r for r in rows if r.gpu == gpu and r.source])
         cells: dict[tuple[str, str], dict[str, str]] = {}
+        commit = max(here, key=lambda row: row.date).commit if here else ""
         for row in (*anchors, *here):
-            mark = "*" if row.source else ""
+            mark = "*" if row.source else "" if row.commit == commit else "†"
             cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = f"{row.value:.0f}{mark}"
         known = {**_ATTENTION_COLUMNS, **{s: s for _, s in cells if s not in _ATTENTION_COLUMNS}}
         systems = [s for s in known if any(system == s for _, system in cells) or s in ("triton", "cudnn")]
@@ -85,6 +86,8 @@ def attention_table(rows: Sequence[Measurement]) -> str:
             f"{note}; TFLOP/s forward / backward, bf16\n\n{markdown(['batch x length, heads, mask', *(known[s] for s in systems)], body)}"
         )
     footnote = "`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`); all other figures of a row come from one run."
+    if "†" in "".join(tables):
+        footnote += " `†` measured with an earlier commit, in another run."
     return "\n\n".join([*tables, footnote])
 
 
