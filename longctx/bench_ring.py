@@ -10,14 +10,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from longctx.bench import WRONG, case_arguments, cases_of
-from longctx.bench_ring_output import METRICS, RingResult, plot, rows_of, table
+from longctx.bench import WRONG, case_arguments, cases_of, rows_with
+from longctx.bench_ring_output import METRICS, RingResult, rows_of, table
 from longctx.errors import ConfigError, LongCtxError, did_you_mean
+from longctx.figures import draw, ring_bars
 from longctx.functional import attention
 from longctx.parallel.journal import Journal
 from longctx.peers import Case, Unavailable
@@ -25,15 +25,13 @@ from longctx.peers_ring import Attend, OneGpu, OneGpuHalo, Ranks, RingContender,
 from longctx.results import append, environment
 from longctx.testing import run_distributed
 
-# The table that the project holds itself to on two GPUs, by the names that --rows takes.
-_LLAMA = Case(batch=1, seq_len=0, heads=32, kv_heads=8, head_dim=128)
-ROWS = {
-    **{f"{n}k": replace(_LLAMA, seq_len=n << 10) for n in (16, 32, 64, 128)},
-    "64k-mha": replace(_LLAMA, seq_len=64 << 10, kv_heads=32),
-    "128k-docs": replace(_LLAMA, seq_len=128 << 10, mask="docs"),
-    "256k-window": replace(_LLAMA, seq_len=256 << 10, mask="window"),
-}
-DEFAULT_CASES = tuple(ROWS.values())
+# The table that the project holds itself to on two GPUs.
+DEFAULT_CASES = (
+    *(Case(batch=1, seq_len=n << 10, heads=32, kv_heads=8, head_dim=128) for n in (16, 32, 64, 128)),
+    Case(batch=1, seq_len=64 << 10, heads=32, kv_heads=32, head_dim=128),
+    Case(batch=1, seq_len=128 << 10, heads=32, kv_heads=8, head_dim=128, mask="docs"),
+    Case(batch=1, seq_len=256 << 10, heads=32, kv_heads=8, head_dim=128, mask="window"),
+)
 SMOKE_CASES = (
     Case(batch=1, seq_len=64, heads=4, kv_heads=2, head_dim=16),
     Case(batch=2, seq_len=48, heads=4, kv_heads=2, head_dim=16, mask="window", window=8),
@@ -189,7 +187,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--nproc", type=int, help="processes, where torchrun does not start them (every GPU; 2 with --smoke)"
     )
-    p.add_argument("--rows", nargs="+", choices=ROWS, help="of the table that is measured otherwise, these rows only")
+    p.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="TEXT",
+        help="rows with one of these in their name, such as docs window '64k, 32/8'",
+    )
     p.add_argument(
         "--sms", nargs="+", type=int, default=(), metavar="N",
         help="also the direct exchange while NCCL's kernels take at most so many SMs, and at normal priority",
@@ -220,19 +223,12 @@ def run(args: argparse.Namespace, rank: int) -> int:
             if args.csv:
                 append(args.csv, rows_of(result, world, **where))
     if rank == 0 and args.plot:
-        plot(results, entrants, world, args.plot, title)
+        draw(ring_bars([row for result in results for row in rows_of(result, world, **where)]), args.plot)
     return int(any(entrant.is_ours and entrant.name in r.wrong for r in results for entrant in entrants))
 
 
 def _cases(args: argparse.Namespace) -> Sequence[Case]:
-    defaults = SMOKE_CASES if args.smoke else DEFAULT_CASES
-    if not args.rows:
-        return cases_of(args, defaults)
-    if args.smoke or cases_of(args, defaults) is not defaults:
-        raise ConfigError(
-            "--rows have shapes of their own: leave --shapes, --dim, --heads, --kv-heads, --mask, --smoke out"
-        )
-    return [ROWS[name] for name in args.rows]
+    return rows_with(args.rows, cases_of(args, SMOKE_CASES if args.smoke else DEFAULT_CASES))
 
 
 def _entrants(args: argparse.Namespace) -> list[RingContender]:

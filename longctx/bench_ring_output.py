@@ -1,12 +1,10 @@
-"""What `longctx bench ring` found: rates, shares, exposed messages, as a table, as measurements and as bars."""
+"""What `longctx bench ring` found: rates, shares and exposed messages, as a table and as measurements."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from longctx.errors import ConfigError
 from longctx.peers import Case
 from longctx.peers_ring import RingContender
 from longctx.results import Measurement
@@ -94,34 +92,3 @@ def rows_of(result: RingResult, world: int, **where) -> list[Measurement]:
         Measurement(name=f"ring/{name}", config=config, metric=metric, value=value, unit=unit, **where)
         for name, metric, value, unit in rows
     ]
-
-
-def plot(results: Sequence[RingResult], entrants: Sequence[RingContender], world: int, path: Path, title: str) -> None:
-    """Bars of TFLOP/s per GPU, a group for each case, and the best kernel on one GPU as a line over each.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'longctx[plot]'") from error
-    shown = [e for e in entrants if any(e.name in r.ms for r in results)]
-    width = 0.8 / max(1, len(shown))
-    figure = Figure(figsize=(max(7.0, 2.2 * len(results)), 8), layout="constrained")
-    for axes, metric in zip(figure.subplots(2, 1, sharex=True), METRICS, strict=True):
-        for i, entrant in enumerate(shown):
-            at = [n + (i - (len(shown) - 1) / 2) * width for n in range(len(results))]
-            heights = [r.tflops(entrant.name, metric, world) if entrant.name in r.ms else 0.0 for r in results]
-            axes.bar(at, heights, width, label=entrant.title, color=f"C{i}", hatch="//" if entrant.is_ours else None)
-        for n, result in enumerate(results):
-            rate = result.best_alone(metric, world)
-            if rate:
-                label = "best kernel on one GPU" if n == 0 else None
-                axes.hlines(rate, n - 0.45, n + 0.45, color="black", linestyle=":", label=label)
-        axes.set_ylabel(f"{metric}, TFLOP/s per GPU")
-    axes.set_xticks(range(len(results)), [r.case.label.replace(", ", "\n") for r in results], fontsize=8)
-    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, title=title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
