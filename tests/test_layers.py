@@ -40,6 +40,7 @@ LAYERS = (
     ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.tensor", "parallel.loss")),
     ("L3", ("flash", "functional")),
     ("L4", ("attention", "rope", "initial", "model")),
+    ("L4 other people's models", ("hf_masks", "hf")),
     (
         "L5 text and numbers",
         ("settings", "corpus", "tokenizer", "tokens", "data", "telemetry", "metrics", "results", "tables"),
