@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from longctx.hf import gradient_checkpointing_kwargs, shard_batch
+from longctx.hf import gradient_checkpointing_kwargs, shard_batch, sharded_trainer
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 
@@ -132,3 +132,40 @@ def shard_worker(rank: int, plans: list[ParallelPlan], cases: list[tuple[str, st
                 dist.all_reduce(value)
             results.append({**found, "sent": sent})
     return results if rank == 0 else []
+
+
+def trainer_worker(rank: int, plan: ParallelPlan, folder: str) -> dict[str, Any]:
+    """Two steps of transformers' Trainer, each of two micro-batches of two samples, and an evaluation."""
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    arguments = TrainingArguments(
+        folder,
+        use_cpu=True,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        optim="sgd",
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs=gradient_checkpointing_kwargs(),
+    )
+    mesh = ParallelMesh.create(plan, device="cpu")
+    rows = [{"input_ids": tokens, "labels": tokens.clone()} for tokens in make_batch()["input_ids"].repeat(5, 1)]
+    for i, row in enumerate(rows):
+        row["input_ids"] = row["input_ids"].roll(i)
+        row["labels"][: 2 * i] = -100
+    trainer = sharded_trainer(Trainer, mesh)(
+        make_model("llama", "longctx"), arguments, train_dataset=rows, data_collator=default_data_collator
+    )
+    trainer.train()
+    log = [entry[name] for entry in trainer.state.log_history for name in ("loss", "grad_norm") if name in entry]
+    return {
+        "log": [float(value) for value in log],
+        "eval": trainer.evaluate(rows[:3])["eval_loss"],
+        "weights": {name: p.detach() for name, p in trainer.model.named_parameters()},
+    }

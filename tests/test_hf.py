@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_cases import LENGTH, MODELS, gradients, make_batch, make_model, num_targets, shard_worker, their_gradients
+from hf_cases import (
+    LENGTH,
+    MODELS,
+    gradients,
+    make_batch,
+    make_model,
+    num_targets,
+    shard_worker,
+    their_gradients,
+    trainer_worker,
+)
 from transformers import BertConfig, BertModel
 
 from longctx.errors import KernelError, ShapeError
@@ -69,6 +79,16 @@ def test_over_two_processes_it_is_one(of_one_process):
         assert worst(found, of_one_process(name, kind)) < 1e-9, (plans[i // len(SHARDED)], name, kind)
     # Recomputation sends nothing twice.
     assert results[1]["sent"] == results[2]["sent"] > 0
+
+
+def test_their_trainer_over_two_processes_is_one(tmp_path):
+    pytest.importorskip("accelerate")
+    (one,) = run_distributed(trainer_worker, ParallelPlan(), str(tmp_path), world=1)
+    two, _ = run_distributed(trainer_worker, ParallelPlan(ring=2), str(tmp_path), world=2)
+    assert two["log"] == pytest.approx(one["log"], rel=1e-5)
+    assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+    for name, weight in one["weights"].items():
+        assert (two["weights"][name] - weight).norm() < 1e-6 * weight.norm(), name
 
 
 def test_generation_with_a_cache():
