@@ -1,171 +1,114 @@
-"""Small random models of Hugging Face's, batches as their collators make them, and what the processes of a test do."""
+"""Tiny models of transformers with random weights, and what one process makes of a batch with their own attention."""
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import pairwise
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from transformers import (
-    Gemma3ForCausalLM,
+    DeepseekV3Config,
+    Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
-    GptOssForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
-    Qwen3ForCausalLM,
 )
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from longctx.hf import gradient_checkpointing_kwargs, shard_batch, sharded_trainer
-from longctx.parallel.mesh import ParallelMesh
-from longctx.parallel.plan import ParallelPlan
-
-VOCAB, LENGTH = 61, 26
+IGNORE = -100
 SIZES = dict(
-    vocab_size=VOCAB,
+    vocab_size=64,
     hidden_size=32,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    intermediate_size=56,
-    head_dim=8,
+    intermediate_size=48,
     max_position_embeddings=128,
     pad_token_id=0,
-    eos_token_id=None,
     bos_token_id=None,
+    eos_token_id=None,
 )
-WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
-ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-
-# name -> (model class, configuration, what transformers has to compare with)
-MODELS: dict[str, tuple[type[PreTrainedModel], Any, str]] = {
-    "llama": (LlamaForCausalLM, lambda: LlamaConfig(**SIZES), "sdpa"),
-    "mistral": (MistralForCausalLM, lambda: MistralConfig(**SIZES, sliding_window=5), "sdpa"),
-    "qwen3": (
-        Qwen3ForCausalLM,
-        lambda: Qwen3Config(**SIZES, use_sliding_window=True, max_window_layers=1, sliding_window=5),
-        "sdpa",
+WINDOWED = dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral-window": MistralConfig(**SIZES, sliding_window=9),
+    "qwen2-one-layer-windowed": Qwen2Config(**SIZES, **WINDOWED),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "gemma2-softcap": Gemma2Config(**SIZES, head_dim=8, sliding_window=6, attn_logit_softcapping=5.0),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
     ),
-    "gemma3": (Gemma3ForCausalLM, lambda: Gemma3TextConfig(**SIZES, **WINDOWS), "sdpa"),
-    "gpt-oss": (GptOssForCausalLM, lambda: GptOssConfig(**SIZES, **WINDOWS, **ROPE, num_local_experts=4), "eager"),
+    "gpt-oss-sinks": GptOssConfig(**SIZES, head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2),
+    # Multi-head latent attention: heads of values are narrower than those of queries.
+    "deepseek-latent": DeepseekV3Config(
+        **SIZES | dict(num_key_value_heads=4),
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=12,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=12,
+    ),
 }
 
 
-def make_model(name: str, attention: str) -> PreTrainedModel:
-    """Equal weights for every kind of attention; large enough that each of them matters."""
-    cls, config, _ = MODELS[name]
-    model = cls._from_config(config(), attn_implementation=attention, experts_implementation="eager").double()
-    generator = torch.Generator().manual_seed(5)
+def make_model(name: str, implementation: str) -> PreTrainedModel:
+    """The same weights for any implementation of attention."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[name], attn_implementation=implementation, experts_implementation="eager"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1))
-    return model
+            # Wide enough that attention matters.
+            parameter.mul_(4.0) if parameter.ndim == 2 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.double().train()
 
 
-def make_batch(kind: str = "plain") -> dict[str, torch.Tensor]:
-    """Two whole sequences: "plain", "packed" documents, or padded "left" or "right"."""
-    tokens = torch.randint(1, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": tokens, "labels": tokens.clone()}
-    batch["labels"][:, 3:7] = -100
+def make_batch(kind: str, batch: int, seq_len: int) -> dict[str, torch.Tensor]:
+    """Whole sequences as collators make them: "plain", "packed" documents, or padded on the "left" or "right". The first targets
+    are left out, more of them in each sequence.
+    """
+    generator = torch.Generator().manual_seed(batch * 1000 + seq_len)
+    tokens = torch.randint(1, 64, (batch, seq_len), generator=generator)
+    labels = tokens.clone()
+    made = {"input_ids": tokens, "labels": labels}
+    for row in range(batch):
+        labels[row, : 3 + 4 * row] = IGNORE
     if kind == "packed":
-        rows = [torch.cat([torch.arange(n) for n in lengths]) for lengths in ((7, 1, 18), (13, 13))]
-        batch["position_ids"] = torch.stack(rows)
-        batch["labels"][batch["position_ids"] == 0] = -100
-    elif kind in ("left", "right"):
-        batch["attention_mask"] = torch.ones_like(tokens)
-        batch["attention_mask"][0, slice(0, 6) if kind == "left" else slice(17, None)] = 0
-        batch["labels"][batch["attention_mask"] == 0] = -100
-    return batch
+        cuts = [torch.randperm(seq_len - 1, generator=generator)[:3].sort().values + 1 for _ in range(batch)]
+        cuts[0][0] = 1  # a document of one token
+        rows = [[0, *cut.tolist(), seq_len] for cut in cuts]
+        positions = [torch.cat([torch.arange(b - a) for a, b in pairwise(sorted(set(row)))]) for row in rows]
+        made["position_ids"] = torch.stack(positions)
+        labels[made["position_ids"] == 0] = IGNORE
+    elif kind != "plain":
+        made["attention_mask"] = torch.ones_like(tokens)
+        for row in range(1, batch):
+            padding = 3 + 2 * row
+            where = slice(0, padding) if kind == "left" else slice(seq_len - padding, seq_len)
+            made["attention_mask"][row, where], labels[row, where] = 0, IGNORE
+    return made
 
 
-def gradients(model: PreTrainedModel, batch: dict[str, Any], num_targets: int) -> dict[str, torch.Tensor]:
-    """Loss and gradients. Of the loss in float64; transformers' own, which rounds logits to fp32, is "their_loss"."""
-    model.zero_grad()
-    made = model(**batch, num_items_in_batch=torch.tensor(num_targets), use_cache=False)
-    labels = batch.get("shift_labels")
-    if labels is None:
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    loss = F.cross_entropy(made.logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_targets
-    loss.backward()
-    found = {"loss": loss.detach(), "their_loss": made.loss.detach().double()}
-    return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The gradient of each parameter, whole also where FSDP2 cut it."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for name, g in found.items()}
 
 
-def their_gradients(name: str, kind: str) -> dict[str, torch.Tensor]:
-    """By transformers' own attention, on one process."""
-    batch = make_batch(kind)
-    targets = num_targets(batch)
-    if name == "gpt-oss" and kind == "packed":
-        # It tells its masks nothing of position_ids, so they are given whole.
-        document = (batch["position_ids"].diff(prepend=torch.full((2, 1), -1)) != 1).cumsum(1)
-        row = torch.arange(LENGTH)
-        causal = (document[:, :, None] == document[:, None]) & (row <= row[:, None])
-        seen = {"full_attention": causal, "sliding_attention": causal & (row > row[:, None] - 5)}
-        batch["attention_mask"] = {layers: (~mask[:, None]).double() * -1e30 for layers, mask in seen.items()}
-    return gradients(make_model(name, MODELS[name][2]), batch, targets)
-
-
-def num_targets(batch: dict[str, torch.Tensor]) -> int:
-    return int((batch["labels"][:, 1:] != -100).sum())
-
-
-def shard_worker(rank: int, plans: list[ParallelPlan], cases: list[tuple[str, str, bool]]) -> list[dict]:
-    """Gradients summed over the ranks, of each plan and (model, batch, whether layers are computed again)."""
-    results = []
-    for plan in plans:
-        mesh = ParallelMesh.create(plan, device="cpu")
-        for name, kind, recompute in cases:
-            model = make_model(name, "longctx")
-            if recompute:
-                model.train()
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs())
-            batch = make_batch(kind)
-            before = mesh.exchange.bytes_sent
-            found = gradients(model, shard_batch(batch, mesh), num_targets(batch))
-            sent = mesh.exchange.bytes_sent - before
-            for value in found.values():
-                dist.all_reduce(value)
-            results.append({**found, "sent": sent})
-    return results if rank == 0 else []
-
-
-def trainer_worker(rank: int, plan: ParallelPlan, folder: str) -> dict[str, Any]:
-    """Two steps of transformers' Trainer, each of two micro-batches of two samples, and an evaluation."""
-    from transformers import Trainer, TrainingArguments, default_data_collator
-
-    arguments = TrainingArguments(
-        folder,
-        use_cpu=True,
-        max_steps=2,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        optim="sgd",
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs=gradient_checkpointing_kwargs(),
-    )
-    mesh = ParallelMesh.create(plan, device="cpu")
-    rows = [{"input_ids": tokens, "labels": tokens.clone()} for tokens in make_batch()["input_ids"].repeat(5, 1)]
-    for i, row in enumerate(rows):
-        row["input_ids"] = row["input_ids"].roll(i)
-        row["labels"][: 2 * i] = -100
-    trainer = sharded_trainer(Trainer, mesh)(
-        make_model("llama", "longctx"), arguments, train_dataset=rows, data_collator=default_data_collator
-    )
-    trainer.train()
-    log = [entry[name] for entry in trainer.state.log_history for name in ("loss", "grad_norm") if name in entry]
-    return {
-        "log": [float(value) for value in log],
-        "eval": trainer.evaluate(rows[:3])["eval_loss"],
-        "weights": {name: p.detach() for name, p in trainer.model.named_parameters()},
-    }
+def worst_gradient(model: PreTrainedModel, expected: dict[str, torch.Tensor]) -> float:
+    """Greatest relative error of a parameter's gradient."""
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    return max(float((found[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in expected.items())

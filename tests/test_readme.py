@@ -30,7 +30,7 @@ def test_the_blocks_are_of_known_languages():
     assert len(README.split("```")) == 2 * len(CODE) + 1
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=["five_lines", "hugging_face", "own_transformer"])
+@pytest.mark.parametrize("code", PYTHON, ids=["five_lines", "own_transformer", "hugging_face"])
 def test_python_runs(code, tmp_path):
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
