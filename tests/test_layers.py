@@ -39,7 +39,7 @@ LAYERS = (
     ("L2", ("parallel.ring", "parallel.operator", "parallel.direct", "parallel.routes", "parallel.gather")),
     ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.tensor", "parallel.loss")),
     ("L3", ("flash", "functional")),
-    ("L4", ("attention", "rope", "initial", "model")),
+    ("L4", ("attention", "rope", "model_config", "initial", "model")),
     (
         "L5 text and numbers",
         ("settings", "corpus", "tokenizer", "tokens", "data", "telemetry", "metrics", "results", "tables"),
