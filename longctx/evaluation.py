@@ -23,7 +23,7 @@ from longctx.checkpoint_folder import latest_checkpoint
 from longctx.checkpoint_weights import CheckpointWeights
 from longctx.config import Config, load_config
 from longctx.data import NO_TARGET, ShardedBatch, ShardedLoader
-from longctx.errors import ConfigError
+from longctx.errors import ConfigError, did_you_mean
 from longctx.hf_config import CONFIG
 from longctx.launch import Launch, run
 from longctx.model import ModelConfig, Transformer
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body(launch: Launch) -> None:
         with launch.together("the command line"):
-            known, overrides = parser().parse_known_args(words)
+            known, overrides = parse(words)
             config = None if known.help else load_config(known.config, overrides)
         if config is None:
             if launch.place.rank == 0:
@@ -210,6 +210,21 @@ def _load(folder: WeightsFolder | CheckpointWeights, model: nn.Module) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}\n       `longctx eval --help` lists the flags")
+
+
+def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command line's own flags, and its settings.
+
+    Raises:
+        ConfigError: a flag is unknown or lacks its value.
+    """
+    made = parser()
+    known, rest = made.parse_known_args(list(words))
+    for name in (word.partition("=")[0] for word in rest if word.startswith("--")):
+        if "." not in name:
+            flags = [flag for action in made._actions for flag in action.option_strings]
+            raise ConfigError(f"there is no flag {name}: {did_you_mean(name, flags)}")
+    return known, rest
 
 
 def parser() -> argparse.ArgumentParser:

@@ -79,7 +79,7 @@ def _longctx(words):
         assert bench.cases_of(args, module.DEFAULT_CASES)
         assert module._entrants(args)
     elif command == "eval":
-        known, overrides = evaluation.parser().parse_known_args(rest)
+        known, overrides = evaluation.parse(rest)
         assert load_config(known.config, overrides).check(1) == []
     elif command == "import":
         assert import_parser().parse_args(rest).config
