@@ -22,6 +22,7 @@ COMMANDS = {
     "layout": ("longctx.draw", "draw who holds what, and the work of each hop"),
     "info": ("longctx.info", "versions, devices, and which kernels can be used here and why not"),
     "check": ("longctx.check", "compare a plan's attention, gradients and loss with one process's, on this machine"),
+    "eval": ("longctx.evaluation", "the loss of weights on a text, by how much context a token has"),
     "export": ("longctx.weights:main_export", "write a checkpoint's weights as Hugging Face's safetensors"),
     "import": ("longctx.weights:main_import", "settings of a run that starts from such weights"),
     "bench": ("longctx.bench", "measure attention against the hardware's limit and other libraries"),

@@ -28,6 +28,7 @@ class ParallelAttention(nn.Module):
         layer: which layer of the model this is, for reports about its messages. None: they name no layer.
 
     Raises:
+        ShapeError: `mesh` is something else.
         KernelError: softcap is negative.
         PlanError: unknown strategy.
     """
@@ -43,6 +44,10 @@ class ParallelAttention(nn.Module):
         layer: int | None = None,
     ) -> None:
         super().__init__()
+        if mesh is not None and not isinstance(mesh, ParallelMesh):
+            raise ShapeError(
+                f"mesh is a {type(mesh).__name__}: make one with ParallelMesh.create(plan, device=...), on every rank"
+            )
         self.mesh = mesh if mesh is None or layer is None else mesh.for_layer(layer)
         self.kernel = kernel
         self.scale = scale
@@ -67,13 +72,17 @@ class ParallelAttention(nn.Module):
         Raises:
             ShapeError, KernelError, DistributedError: as `longctx.functional.context_parallel_attention`.
         """
+        if not isinstance(meta, SequenceMeta):
+            raise ShapeError(f"meta is a {type(meta).__name__}: make it with SequenceMeta.of(seq_len, ...)")
         if self.mesh is None:
             if meta.ring_world * meta.ulysses_world != 1:
                 raise ShapeError(
                     f"this shard is one of {meta.ring_world * meta.ulysses_world}, but ParallelAttention has no mesh: give it the ParallelMesh"
                 )
             if meta.padded_len != q.shape[1]:
-                raise ShapeError(f"meta describes {meta.padded_len:_} positions, but q has {q.shape[1]:_}")
+                raise ShapeError(
+                    f"meta describes {meta.padded_len:_} positions, but q {list(q.shape)} has {q.shape[1]:_}; q is 'b s h d'"
+                )
             return attention(
                 q, k, v, mask=meta.padded_mask, scale=self.scale, softcap=self.softcap, sinks=sinks, kernel=self.kernel
             )

@@ -241,7 +241,7 @@ class _Loader:
         while words:
             word = words.pop(0)
             if not word.startswith("--") or word == "--":
-                self.problems.append(Problem(f"{word!r} is not an override", "write --section.key=value"))
+                self.problems.append(Problem(f"{word!r} is not an override", _override_hint(word)))
                 continue
             name, equals, text = word[2:].partition("=")
             key = tuple(name.replace("-", "_").split("."))
@@ -323,6 +323,12 @@ class _Loader:
             where = f"{origin}={value}" if origin.startswith("--") else f"{origin}: {'.'.join(key)} = {value!r}"
             self.problems.append(Problem(f"{where} {got}", expected))
             return None
+
+
+def _override_hint(word: str) -> str:
+    if word in ("-c", "-f") or word.endswith(".toml"):
+        return f"a file of settings is named by --config {word if word.endswith('.toml') else 'FILE'}"
+    return f"write --{word}" if re.fullmatch(r"\w+\.[\w.]+=.*", word) else "write --section.key=value"
 
 
 def _hint(key: tuple[str, ...]) -> Any:

@@ -224,10 +224,17 @@ def _text_chunks(file: SourceFile) -> Iterator[Chunk]:
     # Strict, and only looked at for its verdict: the bytes go on as they are.
     check = codecs.getincrementaldecoder("utf-8")()
     is_checked = True
+    read = 0
     with _Reader(file.path) as reader:
         while True:
             data = reader.stream.read(CHUNK_BYTES)
             is_utf8 = True
+            if (at := data.find(b"\0")) >= 0:
+                raise DataError(
+                    f"{file.path} is no text: byte {read + at:_} is NUL\n"
+                    "       give text or .jsonl, also as .gz, or .parquet; tokens that are already numbers are not read"
+                )
+            read += len(data)
             if is_checked:
                 try:
                     check.decode(data, final=not data)

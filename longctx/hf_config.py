@@ -100,7 +100,8 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         what = f"has no {CONFIG}" if folder.is_dir() else "is not a folder"
         raise CheckpointError(
-            f"{folder} {what}\n       name a folder as transformers' save_pretrained or `longctx export` writes it"
+            f"{folder} {what}\n       name a folder as transformers' save_pretrained or `longctx export` writes it; "
+            "nothing is downloaded: `hf download NAME --local-dir FOLDER` does that"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

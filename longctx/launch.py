@@ -281,6 +281,17 @@ class Launch:
             raise DistributedError(f"{otherwise} within {timeout_s:.0f} s: {str(error).splitlines()[0]}") from None
 
 
+# What a GPU's memory is spent on in a long run: activations first, then the optimizer's state.
+OUT_OF_MEMORY = (
+    "the GPU's memory does not suffice; what helps, the cheapest first:\n"
+    "       --engine.activation_checkpointing=true    recompute activations; attention and its messages are kept\n"
+    "       --parallel.ring=N on more GPUs            each then holds a smaller part of every sequence\n"
+    "       --engine.zero_stage=2, or 3               gradients, then parameters too, are spread over the processes\n"
+    "       --engine.offload=optimizer                its state in the host's memory\n"
+    "       --data.seq_len, --engine.micro_batch_size less of either; --dry-run says what state needs before activations"
+)
+
+
 def run(body: Callable[[Launch], None], place: Place | None = None) -> int:
     """Run `body` as the whole of this process and return its exit code.
 
@@ -312,6 +323,8 @@ def run(body: Callable[[Launch], None], place: Place | None = None) -> int:
         if not getattr(error, "was_told", False):
             before = f"{name} " if name else ""
             tell("\n".join(before + line for line in traceback.format_exc().splitlines()))
+            if isinstance(error, torch.OutOfMemoryError):
+                tell(before + OUT_OF_MEMORY)
         code = EXIT_FAILED
     if launch.place.world_size > 1:
         # Peers may be gone, and the destructors of the process group would wait for them; or the launcher's SIGTERM comes

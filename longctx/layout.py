@@ -397,9 +397,3 @@ class SequenceMeta:
     def to(self, device: torch.device | str) -> SequenceMeta:
         """The same on `device`."""
         return replace(self, positions=self.positions.to(device, non_blocking=True))
-
-
-@lru_cache(maxsize=8)
-def mask_area(mask: AttentionMask, seq_len: int) -> int:
-    """`mask.area(seq_len)`, remembered for the masks in use."""
-    return mask.area(seq_len)

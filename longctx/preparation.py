@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longctx.data import ShardedBatch, ShardedLoader, check_vocab, open_dataset
-from longctx.errors import ConfigError, format_problems
+from longctx.errors import ConfigError, Problem, format_problems
+from longctx.kernels import get_kernel
 from longctx.launch import Launch, Place, choose_device
 from longctx.parallel.plan import ParallelPlan
 from longctx.progress import in_bytes
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 # Tokenising a large text takes hours once; the watchdog meanwhile sees whether everyone is alive.
 DATA_TIMEOUT_S = 24 * 3600.0
 
+# A step that takes a CPU of 100 GFLOP/s, which is a good one, a quarter of an hour.
+CPU_STEP_FLOPS = 1e14
+
 
 def dry_run(config: Config, launch: Launch, *, world_size: int | None = None) -> str:
     """What a run would be, as text: the configuration, the plan, the first batch's shapes, memory. Trains nothing.
@@ -40,7 +44,7 @@ def dry_run(config: Config, launch: Launch, *, world_size: int | None = None) ->
     """
     place = launch.place if world_size is None else Place(rank=0, world_size=world_size)
     with launch.together("the configuration"):
-        plan, device = settle(config, place)
+        plan, device = settle(config, place, is_dry=True)
     with launch.together("the weights to start from"):
         weights = weights_to_start_from(config)
     with launch.together("the data", timeout_s=DATA_TIMEOUT_S):
@@ -140,8 +144,11 @@ def resumed(before: TrainState, now: TrainState, there: str, here: str) -> Itera
         )
 
 
-def settle(config: Config, place: Place) -> tuple[ParallelPlan, torch.device]:
+def settle(config: Config, place: Place, *, is_dry: bool = False) -> tuple[ParallelPlan, torch.device]:
     """The plan for this world and this process's device.
+
+    Args:
+        is_dry: nothing is going to be computed, so what this device can do does not matter.
 
     Raises:
         ConfigError: with every problem of the configuration.
@@ -150,11 +157,44 @@ def settle(config: Config, place: Place) -> tuple[ParallelPlan, torch.device]:
     if problems:
         raise ConfigError(format_problems("this configuration", problems))
     device, _ = choose_device(place, config.train.device)
+    plan = config.choose_plan(place.local_world_size)[0].resolve(place.world_size)
     problems = config.engine.problems(device.type)
+    if not is_dry and device.type == "cpu":
+        problems += _cpu_problems(config, plan)
     if problems:
         raise ConfigError(format_problems(f"this configuration on {device.type}", problems))
-    plan, _ = config.choose_plan(place.local_world_size)
-    return plan.resolve(place.world_size), device
+    return plan, device
+
+
+def _cpu_problems(config: Config, plan: ParallelPlan) -> list[Problem]:
+    """What keeps a run from being of use without a GPU."""
+    found = []
+    engine, length = config.engine, config.data.seq_len
+    if engine.kernel != "auto":
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[engine.resolved_dtype("cpu")]
+        why = get_kernel(engine.kernel).supports(
+            device=torch.device("cpu"),
+            dtype=dtype,
+            head_dim=config.model.head_size,
+            kind="rows",
+            softcap=config.model.softcap,
+        )
+        if why is not None:
+            found.append(
+                Problem(f"engine.kernel = {engine.kernel!r}: {why}", "engine.kernel = auto takes one that can")
+            )
+    assert plan.dp is not None, "the plan is resolved"
+    samples = plan.dp * engine.micro_batch_size * engine.accumulation_steps
+    flops = config.model.shape.train_flops(samples * length, samples * length * length // 2) / plan.world_size
+    if config.train.device == "auto" and flops > CPU_STEP_FLOPS:
+        found.append(
+            Problem(
+                f"torch sees no GPU here, and a step of this run is {flops:.1e} FLOPs on each process: hours on a CPU",
+                "start it where there is one (`longctx info` says what torch sees), look at it with --dry-run, or insist "
+                "with --train.device=cpu",
+            )
+        )
+    return found
 
 
 def open_data(

@@ -90,11 +90,13 @@ class FileTokenizer:
         import tokenizers
 
         file = Path(path).expanduser()
+        what = "is a folder without a tokenizer.json" if file.is_dir() else "does not exist"
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
             raise DataError(
-                f"data.tokenizer = {path!r} does not exist\n"
-                "       'bytes' needs no file; else name a tokenizer.json, or a folder with one"
+                f"data.tokenizer = {path!r} {what}\n"
+                "       'bytes' needs no file; else name a tokenizer.json, or a folder with one. Nothing is downloaded: "
+                "`hf download NAME tokenizer.json` does that"
             )
         try:
             content = file.read_bytes()

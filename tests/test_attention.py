@@ -117,6 +117,13 @@ def refused(match: str, error: type = ShapeError, **changes):
         attention(tensors["q"], tensors["k"], tensors["v"], **options)
 
 
+def test_what_is_no_mesh_and_no_meta_is_refused():
+    with pytest.raises(ShapeError, match=r"mesh is a ParallelPlan: make one with ParallelMesh\.create"):
+        ParallelAttention(ALONE)
+    with pytest.raises(ShapeError, match=r"meta is a NoneType: make it with SequenceMeta\.of"):
+        ParallelAttention()(*qkv(), None)
+
+
 def test_what_does_not_fit_is_refused():
     q, k, v = qkv()
     refused("axis 'sk' is 32 in k but 31 in v", v=v[:, :-1])

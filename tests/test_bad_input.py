@@ -8,6 +8,7 @@ import os
 import re
 
 import pytest
+import torch
 import torch.distributed as dist
 from run_cases import clean_env, train, write_config
 
@@ -67,6 +68,14 @@ SETTINGS = {
     "timeout": (["--train.timeout_s=1"], ["train.timeout_s = 1", "between 5"]),
     "every": (["--log.every=0"], ["log.every = 0", "1 or more"]),
     "device": (["--train.device=tpu"], ["train.device", "auto"]),
+    "file-without-config": (["configs/debug_cpu.toml"], ["is not an override", "--config configs/debug_cpu.toml"]),
+    "no-dashes": (["data.seq_len=64"], ["'data.seq_len=64' is not an override", "write --data.seq_len=64"]),
+    "tokenizer": (["--data.tokenizer=meta-llama/Llama-3"], ["does not exist", "hf download NAME tokenizer.json"]),
+    "weights": (["--train.init_from=meta-llama/Llama-3"], ["is not a folder", "hf download NAME --local-dir"]),
+    "kernel-of-gpus": (
+        ["--engine.kernel=hopper"],
+        ["engine.kernel = 'hopper': needs an NVIDIA GPU", "engine.kernel = auto"],
+    ),
 }
 
 
@@ -76,6 +85,21 @@ def test_settings(case, config, capsys):
     message = refused(capsys, "--config", config, *words)
     for part in says:
         assert part in message, message
+
+
+def test_a_run_for_gpus_is_not_started_without_one(capsys, config, monkeypatch):
+    """It would take hours a step. Who insists gets it: then what is wrong is something else."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    large = ["--model.hidden_size=2048", "--model.num_layers=16", "--data.seq_len=64k"]
+    message = refused(capsys, "--config", config, *large)
+    assert "torch sees no GPU here, and a step of this run is" in message
+    assert "insist with --train.device=cpu" in message
+    assert "less than one sequence" in refused(capsys, "--config", config, *large, "--train.device=cpu")
+
+
+def test_a_folder_without_a_tokenizer(capsys, config, tmp_path):
+    message = refused(capsys, "--config", config, f"--data.tokenizer={tmp_path}")
+    assert "is a folder without a tokenizer.json" in message
 
 
 def test_all_problems_come_in_one_message(config, capsys):
@@ -102,6 +126,9 @@ def test_missing_empty_and_unreadable_text(config, capsys, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.touch()
     assert "is empty" in with_text(empty)
+    numbers = tmp_path / "tokens.bin"
+    numbers.write_bytes(bytes(range(64, 0, -1)) * 40 + bytes(2))
+    assert f"{numbers} is no text: byte 2_560 is NUL" in with_text(numbers)
     (tmp_path / "folder").mkdir()
     assert str(tmp_path / "folder") in with_text(tmp_path / "folder")
     broken = tmp_path / "broken.txt.gz"

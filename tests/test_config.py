@@ -188,7 +188,7 @@ def test_a_word_is_read_by_the_settings_type():
         ("", ["--ring", "4"], "--ring: there is no such setting", "did you mean 'parallel.ring'?"),
         ("", ["--seed=4"], "--seed: there is no such setting", "did you mean 'data.seed' or 'train.seed'?"),
         ("", ["--qwertz=4"], "--qwertz: there is no such setting", "known: data, engine, log, model"),
-        ("", ["data.seq_len=4"], "'data.seq_len=4' is not an override", "write --section.key=value"),
+        ("", ["data.seq_len=4"], "'data.seq_len=4' is not an override", "write --data.seq_len=4"),
         ("", ["--data.path"], "--data.path has no value", "write --data.path=value"),
         ("", ["--train.steps", "--data.path=x"], "--train.steps has no value", "write --train.steps=value"),
         ("", ["--data=x"], "--data is a section, not a setting", "write --data.key=value"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from run_cases import ROOT, clean_env, free_port
 
 from longctx import launch, process
+from longctx.config import key_names
 from longctx.errors import ConfigError, DistributedError
 from longctx.launch import Launch, Place, StartError, choose_device, run
 from longctx.process import SignalPipe, set_cpu_threads
@@ -108,6 +110,18 @@ def test_exit_codes(error, is_working, code, says, capsys):
 
     assert run(body, Place()) == code
     assert capsys.readouterr().err == says
+
+
+def test_a_full_gpu_is_told_what_frees_memory(capsys):
+    def body(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert run(body, Place()) == 1
+    told = capsys.readouterr().err
+    assert "CUDA out of memory" in told
+    for setting in re.findall(r"--(\w+\.\w+)", launch.OUT_OF_MEMORY):
+        assert setting in key_names(), setting
+    assert launch.OUT_OF_MEMORY in told
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(capsys):

@@ -49,7 +49,7 @@ LAYERS = (
     ("L2", ("parallel.ring", "parallel.operator", "parallel.direct", "parallel.routes", "parallel.gather")),
     ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.chunks", "parallel.tensor", "parallel.loss")),
     ("L3", ("calls", "flash", "functional")),
-    ("L4", ("attention", "rope", "initial", "model")),
+    ("L4", ("attention", "rope", "model_config", "initial", "model")),
     (
         "L5 text and numbers",
         ("settings", "corpus", "tokenizer", "tokens", "data", "telemetry", "metrics", "results", "tables"),
@@ -71,9 +71,9 @@ LAYERS = (
         ),
     ),
     ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
-    ("L6 Hugging Face", ("hf_masks", "hf_attention", "huggingface")),
+    ("L6 Hugging Face", ("hf_masks", "hf_attention", "huggingface", "hf_trainer")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
-    ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
+    ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config", "evaluation")),
     (
         "L6 benchmark",
         (
@@ -117,6 +117,7 @@ FORBIDDEN = (
             "hf_masks",
             "hf_attention",
             "huggingface",
+            "hf_trainer",
         ),
         ("deepspeed", "wandb"),
         "the library works without the trainer",

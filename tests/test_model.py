@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from longctx import model as model_module
-from longctx.errors import ConfigError, DataError, ShapeError
+from longctx.errors import ConfigError
 from longctx.masks import Causal, SlidingWindow
 from longctx.model import ModelConfig, Transformer
 from longctx.parallel import loss as loss_module
@@ -182,6 +182,10 @@ class TestAgainstHuggingFace:
         assert ours.shape.num_params == sum(p.numel() for p in hf.parameters())
 
 
+def test_good_configurations_have_no_problems():
+    assert all(config.problems() == [] for config, _, _ in FAMILIES.values())
+
+
 class DenseAttention(torch.nn.Module):
     """By the formula: scores capped, then a softmax that the sinks are part of and whose share of them is dropped."""
 
@@ -220,58 +224,6 @@ def test_softcap_and_sinks_are_attentions():
 def test_a_softcap_that_is_none_is_refused(softcap):
     with pytest.raises(ConfigError, match=r"model\.softcap = .* must be above 0, or 0 for none"):
         Transformer(ModelConfig(**SIZES, softcap=softcap))
-
-
-class TestInitialWeights:
-    CONFIG = ModelConfig(**SIZES, qkv_bias=True, qk_norm=True)
-
-    def test_depend_on_the_seed_alone(self):
-        first = Transformer(self.CONFIG, seed=1).state_dict()
-        torch.randn(17)  # another state of the global generator
-        torch.manual_seed(99)
-        again = Transformer(self.CONFIG, seed=1, activation_checkpointing=True).state_dict()
-        other = Transformer(self.CONFIG, seed=2).state_dict()
-        for name, value in first.items():
-            assert torch.equal(value, again[name])
-            is_constant = name.endswith(("norm.weight", "bias"))
-            assert torch.equal(value, other[name]) == is_constant, name
-
-    def test_leave_the_global_generator_alone(self):
-        torch.manual_seed(7)
-        expected = torch.randn(3)
-        torch.manual_seed(7)
-        Transformer(self.CONFIG)
-        assert torch.equal(torch.randn(3), expected)
-
-    def test_have_the_spread_that_was_asked_for(self):
-        config = ModelConfig(vocab_size=500, hidden_size=256, num_layers=8, init_std=0.03)
-        weights = Transformer(config).state_dict()
-        layer = "model.layers.3"
-        for name, std in {
-            "model.embed_tokens.weight": 0.03,
-            "lm_head.weight": 0.03,
-            f"{layer}.self_attn.q_proj.weight": 0.03,
-            f"{layer}.mlp.down_proj.weight": 0.03 / 4,
-            f"{layer}.self_attn.o_proj.weight": 0.03 / 4,
-        }.items():
-            assert weights[name].std().item() == pytest.approx(std, rel=0.02), name
-            assert abs(weights[name].mean().item()) < std * 0.02
-        # No two parameters get the same numbers.
-        firsts = [round(w.flatten()[0].item(), 12) for n, w in weights.items() if not n.endswith("norm.weight")]
-        assert len(set(firsts)) == len(firsts)
-
-    def test_initial_loss_is_that_of_a_uniform_guess(self):
-        batch = make_batch(Causal())
-        targets = (batch.labels >= 0).sum().item()
-        assert Transformer(self.CONFIG)(batch).item() / targets == pytest.approx(
-            torch.tensor(VOCAB).log().item(), rel=0.02
-        )
-
-    def test_meta_device_costs_nothing(self):
-        config = ModelConfig(vocab_size=128_256, hidden_size=2048, num_layers=16, num_heads=32, num_kv_heads=8)
-        with torch.device("meta"):
-            model = Transformer(config)
-        assert sum(p.numel() for p in model.parameters()) == config.shape.num_params
 
 
 class TestRecomputation:
@@ -378,64 +330,6 @@ def test_zero3_with_recomputation_and_tied_weights():
         assert set(result) == set(whole) - {"loss"}
         for name, value in result.items():
             assert error(value, whole[name]) < 1e-5, name
-
-
-class TestBadInput:
-    def test_all_problems_of_a_config_are_in_one_message(self):
-        config = ModelConfig(
-            hidden_size=100,
-            num_heads=6,
-            num_kv_heads=4,
-            rope_scaling=RopeScaling(kind="yarn", factor=0.5, original_max_position=4096),
-        )
-        with pytest.raises(ConfigError) as caught:
-            Transformer(config)
-        message = str(caught.value)
-        assert message.startswith("3 problems with the model")
-        for expected in ("100 / num_heads 6 = 16.67", "num_kv_heads that work: 1, 2, 3, 6", "factor = 0.5"):
-            assert expected in message
-
-    @pytest.mark.parametrize(
-        ("change", "expected"),
-        [
-            (dict(num_layers=0), "num_layers = 0"),
-            (dict(sliding_window=0), "sliding_window = 0"),
-            (dict(rope_theta=0.5), "rope_theta = 0.5"),
-            (dict(norm_eps=0.0), "norm_eps = 0.0"),
-            (dict(head_dim=33), "head_dim = 33 is odd"),
-            (dict(hidden_size=60, num_heads=4), "head_dim = 15 is odd"),
-        ],
-        ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
-    )
-    def test_each_problem_is_named(self, change, expected):
-        problems = ModelConfig(**change).problems()
-        assert len(problems) == 1
-        assert expected in problems[0].what
-
-    def test_a_good_config_has_no_problems(self):
-        assert all(config.problems() == [] for config, _, _ in FAMILIES.values())
-
-    def test_tokens_outside_the_vocabulary(self):
-        model = Transformer(ModelConfig(**SIZES))
-        batch = make_batch(Causal())
-        batch.tokens[1, 5] = VOCAB
-        with pytest.raises(DataError, match=rf"token {VOCAB} at \[1, 5\] is outside the vocabulary of {VOCAB}"):
-            model(batch)
-
-    def test_a_shard_of_another_length(self):
-        model = Transformer(ModelConfig(**SIZES))
-        batch = make_batch(Causal())
-        with pytest.raises(ShapeError, match="'s'"):
-            model(Batch(batch.tokens[:, 1:], batch.labels[:, 1:], batch.meta))
-        with pytest.raises(ShapeError, match="'s'"):
-            model(Batch(batch.tokens, batch.labels[:, 1:], batch.meta))
-
-    def test_fused_on_without_liger(self, monkeypatch):
-        from longctx.kernels import fused
-
-        monkeypatch.setattr(fused, "liger_missing", lambda: "liger-kernel is not installed")
-        with pytest.raises(ConfigError, match=r"longctx\[gpu\]"):
-            Transformer(ModelConfig(**SIZES), fused="on")
 
 
 @pytest.mark.gpu

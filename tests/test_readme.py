@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import longctx
-from longctx import bench, bench_ring, check, draw, info, numerics, results
+from longctx import bench, bench_ring, check, draw, evaluation, info, numerics, results
 from longctx.__main__ import COMMANDS, TrainArguments
 from longctx.config import Config, key_names, load_config
 from longctx.weights import export_parser, import_parser, parse_bytes
@@ -80,6 +80,9 @@ def _longctx(words):
         args = module.parser().parse_args(rest[1:] if of_ring else rest)
         assert module._cases(args)
         assert module._entrants(args)
+    elif command == "eval":
+        known, overrides = evaluation.parse(rest)
+        assert load_config(known.config, overrides).check(1) == []
     elif command == "import":
         assert import_parser().parse_args(rest).config
     elif command == "export":
