@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import ConfigError, DataError, LongCtxError, PlanError, Problem, did_you_mean, format_problems
+from longctx.parallel.nearest import changes, nearest_plans
 from longctx.parallel.nodes import node_problems
 from longctx.settings import (
     alternatives,
@@ -89,25 +90,50 @@ class Config:
         found = [*self.model.problems(), *self.data.problems()]
         found += self.engine.problems(None if device == "auto" else device)
         found += [*self.optim.problems(), *self.train.problems(), *self.log.problems()]
-        # The plan's check asks about heads, too; where the model has said what is wrong with them, once is enough.
-        has_heads = not self.model.problems()
-        found += self.parallel.check(
-            num_heads=self.model.num_heads if has_heads else 1,
-            num_kv_heads=self.model.kv_heads if has_heads else 1,
+        return [*found, *self.plan_problems(self.parallel, world_size, node_size), *self._vocab_problems()]
+
+    def plan_problems(self, plan: ParallelPlan, world_size: int, node_size: int | None = None) -> list[Problem]:
+        """Everything that keeps `plan` from training this model on such sequences and processes; empty if nothing does."""
+        model = self.model
+        # The plan's check asks about the model's sizes; where the model has said what is wrong with them, once is enough.
+        is_known = not model.problems()
+        found = plan.check(
+            num_heads=model.num_heads if is_known else 1,
+            num_kv_heads=model.kv_heads if is_known else 1,
             seq_len=self.data.seq_len,
-            num_layers=self.model.num_layers if has_heads else None,
-            mlp_size=self.model.mlp_size if has_heads else None,
-            vocab_size=self.model.vocab_size if has_heads else None,
+            num_layers=model.num_layers if is_known else None,
+            mlp_size=model.mlp_size if is_known else None,
+            vocab_size=model.vocab_size if is_known else None,
         )
-        found += self.engine.plan_problems(self.parallel)
-        if not self.parallel.problems():
+        found += self.engine.plan_problems(plan)
+        if not plan.problems():
             try:
-                self.parallel.resolve(world_size)
+                plan.resolve(world_size)
             except PlanError as error:
                 found += _problems_of(error)
             if node_size is not None:
-                found += node_problems(self.parallel, node_size=node_size, world_size=world_size)
-        return found + self._vocab_problems()
+                found += node_problems(plan, node_size=node_size, world_size=world_size)
+        return found
+
+    def refusal(self, title: str, problems: Sequence[Problem], world_size: int, node_size: int | None = None) -> str:
+        """One message for all problems; where the plan has some, with the nearest plans that have none.
+
+        Args:
+            title: what has these problems.
+        """
+        message = format_problems(title, problems)
+        if self.model.problems() or not self.plan_problems(self.parallel, world_size, node_size):
+            return message
+
+        def works(plan: ParallelPlan) -> bool:
+            return not self.plan_problems(plan, world_size, node_size)
+
+        plans = nearest_plans(self.parallel, world_size, works)
+        if not plans:
+            return message
+        processes = f"{world_size} process{'es' * (world_size > 1)}"
+        lines = [f"       {changes(self.parallel, plan)}" for plan in plans]
+        return "\n".join([message, f"  plans for {processes} that work, nearest first:", *lines])
 
     def _vocab_problems(self) -> list[Problem]:
         try:

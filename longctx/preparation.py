@@ -146,7 +146,7 @@ def settle(config: Config, place: Place) -> tuple[ParallelPlan, torch.device]:
     """
     problems = config.check(place.world_size, place.local_world_size)
     if problems:
-        raise ConfigError(format_problems("this configuration", problems))
+        raise ConfigError(config.refusal("this configuration", problems, place.world_size, place.local_world_size))
     device, _ = choose_device(place, config.train.device)
     problems = config.engine.problems(device.type)
     if problems:

@@ -20,6 +20,7 @@ PURE = (
     "parallel.plan",
     "parallel.schedule",
     "parallel.slices",
+    "parallel.nearest",
     "parallel.nodes",
     "parallel.stages",
     "parallel.moves",
