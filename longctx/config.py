@@ -45,16 +45,16 @@ if TYPE_CHECKING:
     from longctx.metrics import LogConfig
     from longctx.model import ModelConfig
     from longctx.parallel.plan import ParallelPlan
-    from longctx.trainer import TrainConfig
+    from longctx.train_config import TrainConfig
 
-# Loaded by name when a configuration is made: the trainer, too, has settings, and itself imports this module.
+# Loaded by name when a configuration is made: importing this module alone needs none of them.
 _SECTIONS = {
     "model": ("longctx.model", "ModelConfig"),
     "data": ("longctx.data", "DataConfig"),
     "parallel": ("longctx.parallel.plan", "ParallelPlan"),
     "engine": ("longctx.engine", "EngineConfig"),
     "optim": ("longctx.engine", "OptimConfig"),
-    "train": ("longctx.trainer", "TrainConfig"),
+    "train": ("longctx.train_config", "TrainConfig"),
     "log": ("longctx.metrics", "LogConfig"),
 }
 

@@ -63,7 +63,7 @@ LAYERS = (
     ),
     ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
-    ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
+    ("L6 a run", ("train_config", "progress", "recorder", "preparation", "trainer", "config")),
     ("L6 benchmark", ("flash1", "peers", "predecessors", "bench_timing", "bench_output", "bench_errors", "bench")),
     ("L6 ring benchmark", ("peers_ring", "bench_ring")),
     ("L6 commands", ("draw", "info")),

@@ -100,6 +100,14 @@ def test_a_new_run_in_an_old_folder_keeps_the_old_records(tmp_path):
     assert kept == {"metrics-1.jsonl": 1.0, "metrics-2.jsonl": 2.0, "metrics.jsonl": 3.0}
 
 
+def test_a_measurement_saves_nothing(tmp_path):
+    done = train("python", 1, "--config", write_config(tmp_path), "--train.save_every=none")
+    assert done.returncode == 0, done.stdout
+    assert len(steps_of(tmp_path)) == 3
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert re.search(r"checkpoint none, records in", done.stdout), done.stdout
+
+
 def test_a_checkpoint_that_cannot_be_written_is_a_warning_until_the_last(tmp_path):
     config = write_config(tmp_path)
     (tmp_path / "run").mkdir()
