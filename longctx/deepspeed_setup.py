@@ -46,6 +46,9 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, *, dtype: str, gr
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": engine.zero3_keep_elements,
+            # The parameters of the modules ahead are gathered while this one computes, as many elements at a time as a bucket.
+            "overlap_comm": engine.zero_stage == 3,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
