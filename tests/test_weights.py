@@ -148,26 +148,39 @@ def test_an_engine_of_any_stage_starts_from_them(root, trained, name):
     assert {key for key, p in trained[name]["end"].items() if torch.equal(p, start[key])} == set(), "it has learnt"
 
 
-def in_parts(rank: int, root: str) -> dict[str, dict[str, torch.Tensor]]:
-    """What an engine of two stages and two tp ranks starts from, put together again."""
+IN_PARTS = ("llama-llama3", "qwen2-tied")
+
+
+def in_parts(rank: int, root: str) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    """As `through_engines`, by an engine of two stages and two tp ranks; the stages' parameters put together again."""
     mesh = ParallelMesh.create(ParallelPlan(pp=2, tp=2), device="cpu")
     told = {}
-    for name in ("llama-llama3", "qwen2-tied"):
+    for name in IN_PARTS:
         weights = WeightsFolder(Path(root) / name / "hf")
-        settings = EngineConfig(dtype="fp32", kernel="reference")
-        engine = build_engine(weights.config, settings, OptimConfig(), mesh, total_steps=9, load=weights.load_into)
-        told[name] = engine.full_state_dict()
+        settings = EngineConfig(dtype="fp32", micro_batch_size=ROWS, kernel="reference")
+        optim = OptimConfig(lr=1e-2, warmup_steps=0)
+        engine = build_engine(weights.config, settings, optim, mesh, total_steps=9, load=weights.load_into)
+        start = engine.full_state_dict()
+        for step in range(2):
+            engine.train_step(step, shard_step(full_step(step, dp=1, accumulation=1), mesh))
+        path = Path(root) / f"{name}-parts"
+        save_checkpoint(path, engine, TrainState(step=2), fingerprint=asdict(weights.config), keep=1)
+        told[name] = {"start": start, "end": engine.full_state_dict()}
     return told
 
 
-def test_stages_and_shared_matrices_start_from_them(root):
-    told = run_distributed(in_parts, str(root), world=4)
-    assert not any(of_rank["qwen2-tied"] for of_rank in told[1:])
-    for name, start in told[0].items():
-        hf = AutoModelForCausalLM.from_pretrained(root / name / "hf")
-        held = dict(hf.named_parameters())
-        assert start.keys() == held.keys()
-        assert {key for key, p in start.items() if not torch.equal(p, held[key])} == set()
+@pytest.fixture(scope="module")
+def parts(root):
+    return run_distributed(in_parts, str(root), world=4, timeout_s=240)
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_stages_and_shared_matrices_start_from_them(root, parts, name):
+    assert not any(of_rank[name]["start"] for of_rank in parts[1:])
+    start = parts[0][name]["start"]
+    held = dict(AutoModelForCausalLM.from_pretrained(root / name / "hf").named_parameters())
+    assert start.keys() == held.keys()
+    assert {key for key, p in start.items() if not torch.equal(p, held[key])} == set()
 
 
 # ---- out
@@ -191,6 +204,19 @@ def test_checkpoints_go_out_bit_for_bit_and_transformers_computes_the_same(root,
     model = Transformer(weights.config, kernel="reference")
     weights.load_into(model)
     assert_same_logits(model, hf)
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_checkpoints_of_stages_and_shared_matrices_go_out_whole(root, parts, trained, tmp_path, name):
+    files = export(latest_checkpoint(root / f"{name}-parts"), tmp_path / "out", max_position=128, shard_bytes=9_000)
+    assert sum(file.suffix == ".safetensors" for file in files) > 1
+    held = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    end, of_ring = parts[0][name]["end"], trained[name]["end"]
+    assert held.keys() == end.keys() == of_ring.keys()
+    assert {key for key, p in held.items() if not torch.equal(p, end[key])} == set()
+    # What another plan has learnt from the same steps.
+    for key, p in held.items():
+        assert (p - of_ring[key]).norm() <= 1e-4 * of_ring[key].norm(), key
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.zero_stage])
