@@ -102,7 +102,7 @@ def two_agents(folder: Path, *words: str | Path) -> list[tuple[int, str]]:
 def test_two_agents_of_torchrun_train_as_one_process_does(tmp_path):
     (tmp_path / "alone").mkdir()
     words = ("--config", write_config(tmp_path), "--model.num_heads=4")
-    done = train("python", 1, *words, f"--train.run_dir={tmp_path}/alone")
+    done = train("forked", 1, *words, f"--train.run_dir={tmp_path}/alone")
     assert done.returncode == 0, done.stdout
     told = two_agents(tmp_path, *words, "--parallel.ring=2", "--parallel.ulysses=2")
     assert [code for code, _ in told] == [0, 0], told

@@ -399,7 +399,7 @@ def test_a_run_starts_from_a_folder_and_gives_it_back(root, tmp_path, own_enviro
     assert loaded.train.init_from == str(folder)
     words = ["--config", config, f"--data.path={write_text(tmp_path)}", f"--data.cache_dir={tmp_path}/cache"]
     words += ["--data.seq_len=96", "--optim.lr=1e-30", f"--train.run_dir={tmp_path}/run", "--model.sliding_window=40"]
-    done = train("torchrun", 2, *words, "--parallel.ring=2", "--engine.zero_stage=3", "--train.steps=1")
+    done = train("forked", 2, *words, "--parallel.ring=2", "--engine.zero_stage=3", "--train.steps=1")
     assert done.returncode == 0, done.stdout
     assert re.search(rf"^weights +from {folder} ", done.stdout, re.M)
     assert re.search(r"^note +model.sliding_window is 40, in the weights' config.json None", done.stdout, re.M)
@@ -419,7 +419,7 @@ def test_a_run_starts_from_a_folder_and_gives_it_back(root, tmp_path, own_enviro
 
     # A run that goes on has its weights from its checkpoint; the folder may be gone.
     (folder / SINGLE).unlink()
-    more = train("torchrun", 2, *words, "--parallel.ring=2", "--engine.zero_stage=3", "--train.steps=2")
+    more = train("forked", 2, *words, "--parallel.ring=2", "--engine.zero_stage=3", "--train.steps=2")
     assert more.returncode == 0, more.stdout
     assert "resumed   at step 1" in more.stdout
     assert "train.init_from" not in more.stdout
