@@ -71,6 +71,9 @@ def check(cases: list[PlanCase]) -> None:
     found = run_distributed(train_plans, cases, world=pp * grad * tp, timeout_s=60 + 20 * len(cases))[0]
     assert list(found) == [str(case) for case in cases]
     worst = {case: next(iter(errors.items())) for case, errors in found.items()}
+    case, (what, error) = max(worst.items(), key=lambda item: item[1][1])
+    # `pytest -s` shows it.
+    print(f"\n{len(found)} plans of {name_of(cases[0].world)}: the worst is {error:.1e}, {what} of {case}")
     wrong = {case: pair for case, pair in worst.items() if not pair[1] < TOLERANCE}
     assert not wrong, f"{len(wrong)} of {len(found)} cases are wrong; the worst number of each: {wrong}"
 
@@ -98,7 +101,8 @@ def test_the_whole_matrix_is_whole():
 
 def check_random(cases: list) -> None:
     """Each case is refused before it starts, with something to do about it, or trains what one process trains."""
-    runnable = []
+    runnable: list = []
+    worst = 0.0
     for case in cases:
         problems = case.problems()
         assert all(problem.what and problem.hint for problem in problems), f"{case}: no hint in {problems}"
@@ -114,7 +118,9 @@ def check_random(cases: list) -> None:
                 assert all(isinstance(of_rank[case.seed], str) for of_rank in found)
             else:
                 name, error = next(iter(got.items()))
+                worst = max(worst, error)
                 assert error < TOLERANCE, f"{case}: {name} is off by {error:.1e}"
+    print(f"\n{len(cases)} random plans, {len(runnable)} of them trained: the worst is off by {worst:.1e}")
 
 
 def test_random_plans_train_or_are_refused():
