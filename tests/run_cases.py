@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -113,6 +113,11 @@ def train(
     )
 
 
+def train_here(words: list[str]) -> int:
+    """`longctx train` as this process of its run."""
+    return main(["train", *words])
+
+
 class Run:
     """A run in the background: a context manager that leaves no process behind.
 
@@ -204,33 +209,48 @@ class Background(Run):
 
 
 class Forked(Run):
-    """`longctx train` in processes without a launcher, forked from one that has imported everything, which saves most of the
-    time that a small run takes.
+    """A run without a launcher, in processes forked from one that has imported everything, which saves most of the time that a
+    small run takes.
 
     Args:
         world: processes.
-        words: of the command line.
+        main, words: each calls `main(words)`, which gives its exit code.
+        logs: where the output of each goes, instead of all to `log`.
     """
 
-    def __init__(self, world: int, log: Path, *words: str | Path, **env: str) -> None:
+    def __init__(
+        self,
+        world: int,
+        log: Path,
+        *words: str | Path,
+        main: Callable[[list[str]], int] = train_here,
+        logs: Sequence[Path] = (),
+        **env: str,
+    ) -> None:
         super().__init__(log)
-        log.touch()
-        context, ranks = forked(), {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        self._processes = [
-            context.Process(
-                target=_forked_main,
-                args=(log, list(map(str, words)), clean_env(**env) | ranks | {"RANK": str(r), "LOCAL_RANK": str(r)}),
+        ranks = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | env
+        context = forked()
+        self._processes = []
+        for rank in range(world):
+            output = logs[rank] if logs else log
+            output.touch()
+            of_rank = clean_env() | ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self._processes.append(
+                context.Process(target=_forked_main, args=(output, main, list(map(str, words)), of_rank))
             )
-            for r in range(world)
-        ]
-        for process in self._processes:
+        # The first one, at which they meet, comes last.
+        for process in reversed(self._processes):
             process.start()
 
+    @property
+    def codes(self) -> list[int | None]:
+        """The exit code of each rank."""
+        return [process.exitcode for process in self._processes]
+
     def code(self) -> int | None:
-        codes = [process.exitcode for process in self._processes]
         # As a launcher: done when all are, and wrong when one is.
-        return None if None in codes else next((code for code in codes if code), 0)
+        return None if None in self.codes else next((code for code in self.codes if code), 0)
 
     def rank(self, rank: int) -> psutil.Process:
         return psutil.Process(self._processes[rank].pid)
@@ -250,12 +270,12 @@ class Forked(Run):
             process.join()
 
 
-def _forked_main(log: Path, words: list[str], env: dict[str, str]) -> None:
+def _forked_main(log: Path, main: Callable[[list[str]], int], words: list[str], env: dict[str, str]) -> None:
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.clear()
     os.environ.update(env)
-    code = main(["train", *words])
+    code = main(words)
     sys.stdout.flush()
     sys.exit(code)
