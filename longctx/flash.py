@@ -16,6 +16,7 @@ from torch._compile import _disable_dynamo
 
 from longctx.errors import KernelError, ShapeError
 from longctx.kernels import check_block, check_softcap, get_kernel
+from longctx.kernels.sinks import check_sinks
 from longctx.masks import UNBOUNDED, KeyRange
 from longctx.parallel.ring import RING_ATTENTION_OP
 from longctx.parallel.schedule import CACHED_SCHEDULES, pack_hops
@@ -188,6 +189,39 @@ def flash_attn_varlen_func(
     return (out[0], lse[0], q.new_empty(0)) if return_attn_probs else out[0]
 
 
+@_disable_dynamo
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hops: tuple[Tensor, Tensor],
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    """Attention of whole sequences on one device in which each row sees one interval of keys.
+
+    Args:
+        q: "b sq h d".
+        k, v: "b sk hk d" with hk dividing h.
+        hops: the intervals, one hop of `longctx.parallel.schedule.pack_hops`.
+        scale, softcap, sinks, kernel: as in `longctx.functional.attention`.
+
+    Returns:
+        "b sq h d" in q's dtype; 0 in rows that see nothing.
+
+    Raises:
+        ShapeError, KernelError: as `longctx.functional.attention`.
+    """
+    q, k, v = _unit_strides(q, k, v)
+    check_block(q, k, v)
+    if sinks is not None:
+        check_sinks(sinks, q)
+    return _attend(q, k, v, hops, scale, softcap, kernel, deterministic=False, sinks=sinks)[0]
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -197,6 +231,7 @@ def _attend(
     softcap: float,
     kernel: str,
     deterministic: bool,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     b, _, h, d = q.shape
     if not b * h * d:
@@ -207,7 +242,7 @@ def _attend(
     if deterministic and kernel == "auto":
         able = get_kernel("triton").supports(device=q.device, dtype=q.dtype, head_dim=d, kind="full", softcap=softcap)
         kernel = "triton" if able is None else "reference"
-    out, lse, _ = RING_ATTENTION_OP(q, k, v, *hops, kernel, scale, "", check_softcap(softcap), None)
+    out, lse, _ = RING_ATTENTION_OP(q, k, v, *hops, kernel, scale, "", check_softcap(softcap), sinks)
     return out, lse
 
 

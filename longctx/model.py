@@ -410,12 +410,13 @@ def _recomputed(layer: nn.Module, x: torch.Tensor, *args: object) -> torch.Tenso
         x,
         *args,
         use_reentrant=False,
-        context_fn=_keep_attention,
+        context_fn=keep_attention,
         preserve_rng_state=False,  # a layer draws no random numbers
     )
 
 
-def _keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+def keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """`context_fn` of torch's checkpoint: all is computed again but attention and its messages."""
     return create_selective_checkpoint_contexts(_policy)
 
 

@@ -26,11 +26,11 @@ COMMAND_LINES = [line for language, text in CODE if language == "bash" for line 
 
 def test_the_blocks_are_of_known_languages():
     assert {language for language, _ in CODE} == {"python", "bash"}
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 3
     assert len(README.split("```")) == 2 * len(CODE) + 1
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=["five_lines", "own_transformer"])
+@pytest.mark.parametrize("code", PYTHON, ids=["five_lines", "own_transformer", "hugging_face"])
 def test_python_runs(code, tmp_path):
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
