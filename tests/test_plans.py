@@ -15,6 +15,7 @@ from plan_cases import TOLERANCE, PlanCase, draw_case, train_plans, train_random
 
 from longctx.testing import run_distributed
 
+BATCH = 6
 AXES = ("dp", "pp", "ring", "ulysses", "tp")
 # A world's cases share its processes, for DeepSpeed keeps one set of groups in a process.
 SAMPLE = (
@@ -62,13 +63,21 @@ def worlds_of(cases: Sequence) -> dict[tuple[int, int, int], list]:
     return worlds
 
 
+def batched(cases: list) -> list[list]:
+    """Cases that share their processes. The groups of each stay, with threads that look for messages a hundred times a second:
+    with those of dozens of cases a machine has no time left for the next."""
+    return [cases[i : i + BATCH] for i in range(0, len(cases), BATCH)]
+
+
 def name_of(world: tuple[int, int, int]) -> str:
     return "pp{}-grad{}-tp{}".format(*world)
 
 
 def check(cases: list[PlanCase]) -> None:
     pp, grad, tp = cases[0].world
-    found = run_distributed(train_plans, cases, world=pp * grad * tp, timeout_s=60 + 20 * len(cases))[0]
+    found: dict[str, dict[str, float]] = {}
+    for some in batched(cases):
+        found |= run_distributed(train_plans, some, world=pp * grad * tp, timeout_s=60 + 20 * len(some))[0]
     assert list(found) == [str(case) for case in cases]
     worst = {case: next(iter(errors.items())) for case, errors in found.items()}
     case, (what, error) = max(worst.items(), key=lambda item: item[1][1])
@@ -109,7 +118,10 @@ def check_random(cases: list) -> None:
         if not problems:
             runnable.append(case)
     for (pp, grad, tp), of_world in worlds_of(runnable).items():
-        found = run_distributed(train_random, of_world, world=pp * grad * tp, timeout_s=60 + 20 * len(of_world))
+        found: list[dict] = [{} for _ in range(pp * grad * tp)]
+        for some in batched(of_world):
+            told = run_distributed(train_random, some, world=pp * grad * tp, timeout_s=60 + 20 * len(some))
+            found = [known | new for known, new in zip(found, told, strict=True)]
         for case in of_world:
             got = found[0][case.seed]
             if isinstance(got, str):
