@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.config import load_config
@@ -51,6 +51,7 @@ MODEL = [
 DEGREE = st.integers(1, 6)
 
 
+@settings(max_examples=30)
 @given(
     pp=DEGREE,
     ring=DEGREE,
