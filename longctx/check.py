@@ -18,7 +18,7 @@ from longctx.broken import TWINS, twins_of
 from longctx.comparison import FACTOR, Comparison, merge_ranks
 from longctx.config import Config, load_config
 from longctx.engine import EngineConfig
-from longctx.errors import ConfigError, DistributedError, Problem, did_you_mean, format_problems
+from longctx.errors import ConfigError, DistributedError, Problem, did_you_mean
 from longctx.kernels import get_kernel
 from longctx.model import ModelConfig
 from longctx.parallel.plan import ParallelPlan
@@ -100,7 +100,7 @@ def prepare(argv: Sequence[str] | None = None) -> Prepared:
     device = "cuda" if backend == "nccl" else "cpu"
     problems = _problems(config, known.nproc, device)
     if problems:
-        raise ConfigError(format_problems("this configuration", problems))
+        raise ConfigError(config.refusal("this configuration", problems, known.nproc))
     chosen, why_degrees = config.choose_plan()
     plan = chosen.resolve(known.nproc)
     model, seq_len, cuts = cut_model(config, plan, device)
@@ -191,21 +191,7 @@ def _count(n: int, what: str) -> str:
 def _problems(config: Config, nproc: int, device: str) -> list[Problem]:
     """What the check needs of a configuration: all but text, logging and length of the run."""
     found = [*config.model.problems(), *config.engine.problems(device), *config.optim.problems()]
-    has_heads, plan = not config.model.problems(), config.parallel
-    if plan.context is not None and not found and not plan.problems():
-        plan, _ = config.choose_plan()
-    found += plan.check(
-        num_heads=config.model.num_heads if has_heads else 1,
-        num_kv_heads=config.model.kv_heads if has_heads else 1,
-        seq_len=config.data.seq_len,
-        num_layers=config.model.num_layers if has_heads else None,
-        mlp_size=config.model.mlp_size if has_heads else None,
-        vocab_size=config.model.vocab_size if has_heads else None,
-    )
-    found += config.engine.plan_problems(plan)
-    if not found:
-        plan.resolve(nproc)
-    return found
+    return found + config.plan_problems(config.parallel, nproc)
 
 
 def cut_model(config: Config, plan: ParallelPlan, device: str) -> tuple[ModelConfig, int, list[str]]:

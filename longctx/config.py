@@ -18,13 +18,14 @@ import importlib
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import ConfigError, DataError, LongCtxError, PlanError, Problem, did_you_mean, format_problems
 from longctx.masks import Causal, SlidingWindow
+from longctx.parallel.nearest import changes, nearest_plans
 from longctx.parallel.nodes import node_problems
 from longctx.settings import (
     alternatives,
@@ -45,16 +46,16 @@ if TYPE_CHECKING:
     from longctx.metrics import LogConfig
     from longctx.model import ModelConfig
     from longctx.parallel.plan import ParallelPlan
-    from longctx.trainer import TrainConfig
+    from longctx.train_config import TrainConfig
 
-# Loaded by name when a configuration is made: the trainer, too, has settings, and itself imports this module.
+# Loaded by name when a configuration is made: importing this module alone needs none of them.
 _SECTIONS = {
     "model": ("longctx.model", "ModelConfig"),
     "data": ("longctx.data", "DataConfig"),
     "parallel": ("longctx.parallel.plan", "ParallelPlan"),
     "engine": ("longctx.engine", "EngineConfig"),
     "optim": ("longctx.engine", "OptimConfig"),
-    "train": ("longctx.trainer", "TrainConfig"),
+    "train": ("longctx.train_config", "TrainConfig"),
     "log": ("longctx.metrics", "LogConfig"),
 }
 
@@ -90,21 +91,25 @@ class Config:
         found = [*self.model.problems(), *self.data.problems()]
         found += self.engine.problems(None if device == "auto" else device)
         found += [*self.optim.problems(), *self.train.problems(), *self.log.problems()]
-        # The plan's check asks about heads, too; where the model has said what is wrong with them, once is enough.
-        has_heads = not self.model.problems()
-        plan = self.parallel
-        if plan.context is not None and has_heads and not plan.problems():
+        return [*found, *self.plan_problems(self.parallel, world_size, node_size), *self._vocab_problems()]
+
+    def plan_problems(self, plan: ParallelPlan, world_size: int, node_size: int | None = None) -> list[Problem]:
+        """Everything that keeps `plan` from training this model on such sequences and processes; empty if nothing does."""
+        model = self.model
+        # The plan's check asks about the model's sizes; where the model has said what is wrong with them, once is enough.
+        is_known = not model.problems()
+        if plan.context is not None and is_known and not plan.problems():
             try:
-                plan, _ = self.choose_plan(node_size)
+                plan, _ = replace(self, parallel=plan).choose_plan(node_size)
             except PlanError as error:
-                return found + _problems_of(error)
-        found += plan.check(
-            num_heads=self.model.num_heads if has_heads else 1,
-            num_kv_heads=self.model.kv_heads if has_heads else 1,
+                return _problems_of(error)
+        found = plan.check(
+            num_heads=model.num_heads if is_known else 1,
+            num_kv_heads=model.kv_heads if is_known else 1,
             seq_len=self.data.seq_len,
-            num_layers=self.model.num_layers if has_heads else None,
-            mlp_size=self.model.mlp_size if has_heads else None,
-            vocab_size=self.model.vocab_size if has_heads else None,
+            num_layers=model.num_layers if is_known else None,
+            mlp_size=model.mlp_size if is_known else None,
+            vocab_size=model.vocab_size if is_known else None,
         )
         found += self.engine.plan_problems(plan)
         if not plan.problems() and plan.context is None:
@@ -114,7 +119,29 @@ class Config:
                 found += _problems_of(error)
             if node_size is not None:
                 found += node_problems(plan, node_size=node_size, world_size=world_size)
-        return found + self._vocab_problems()
+        return found
+
+    def refusal(self, title: str, problems: Sequence[Problem], world_size: int, node_size: int | None = None) -> str:
+        """One message for all problems; where the plan has some, with the nearest plans that have none.
+
+        Args:
+            title: what has these problems.
+        """
+        message = format_problems(title, problems)
+        if self.parallel.context is not None or self.model.problems():
+            return message
+        if not self.plan_problems(self.parallel, world_size, node_size):
+            return message
+
+        def works(plan: ParallelPlan) -> bool:
+            return not self.plan_problems(plan, world_size, node_size)
+
+        plans = nearest_plans(self.parallel, world_size, works)
+        if not plans:
+            return message
+        processes = f"{world_size} process{'es' * (world_size > 1)}"
+        lines = [f"       {changes(self.parallel, plan)}" for plan in plans]
+        return "\n".join([message, f"  plans for {processes} that work, nearest first:", *lines])
 
     def choose_plan(self, node_size: int | None = None) -> tuple[ParallelPlan, str]:
         """`parallel` with the degrees chosen that `parallel.context` leaves open, and why; as it is and "" otherwise.

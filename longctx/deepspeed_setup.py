@@ -46,6 +46,9 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, *, dtype: str, gr
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": engine.zero3_keep_elements,
+            # The parameters of the modules ahead are gathered while this one computes, as many elements at a time as a bucket.
+            "overlap_comm": engine.zero_stage == 3,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
@@ -134,7 +137,8 @@ def import_deepspeed(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On a CPU DeepSpeed would compile a shared-memory all-reduce, which only its inference uses: half a minute, a C++
     # compiler, and segments in /dev/shm whose fixed names two runs of one user would share.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The attribute is not read first: that would try compilers on all other operators.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     # torch 2.13 renamed collectives that DeepSpeed 0.19 calls many times a step.
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning, r"torch\.distributed"

@@ -155,7 +155,7 @@ def settle(config: Config, place: Place, *, is_dry: bool = False) -> tuple[Paral
     """
     problems = config.check(place.world_size, place.local_world_size)
     if problems:
-        raise ConfigError(format_problems("this configuration", problems))
+        raise ConfigError(config.refusal("this configuration", problems, place.world_size, place.local_world_size))
     device, _ = choose_device(place, config.train.device)
     plan = config.choose_plan(place.local_world_size)[0].resolve(place.world_size)
     problems = config.engine.problems(device.type)

@@ -161,7 +161,7 @@ def read(path: Path) -> list[Measurement]:
 
 
 def rows_of_run(run_dir: Path, name: str) -> list[Measurement]:
-    """What a training run measured: medians over its steps without the first `WARMUP_STEPS`, and its peak memory.
+    """What a training run measured: medians over its steps without the first `WARMUP_STEPS`, its peak memory and its last loss.
 
     Args:
         run_dir: holds `metrics.jsonl`; of a run that was resumed, the last start counts.
@@ -185,6 +185,8 @@ def rows_of_run(run_dir: Path, name: str) -> list[Measurement]:
         ("mfu", _median(steps, "mfu"), 100.0, "%"),
         ("mfu dense", _median(steps, "mfu_dense"), 100.0, "%"),
         ("memory", memory, 1 / 2**30, "GiB"),
+        # Beside that of another plan after as many steps: whether both train alike.
+        (f"loss of step {steps[-1]['step']}", steps[-1]["loss"], 1.0, "nats/token"),
     ]
     return [
         Measurement(

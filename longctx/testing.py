@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -13,8 +14,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,8 @@ def run_distributed(
             stack of every rank).
     """
     plan = plan.resolve(world) if plan is not None else None
-    context = _context(is_fresh=backend == "nccl" or bool(env))
+    is_fresh = backend == "nccl" or bool(env)
+    context = multiprocessing.get_context("spawn") if is_fresh else forked()
     with tempfile.TemporaryDirectory(prefix="longctx-") as folder:
         workers = []
         try:
@@ -79,17 +82,35 @@ def run_distributed(
 
 # More threads than cores make small CPU work slower, not faster. A process that is to fork must have only one.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Forked processes work on the CPU, also beside a GPU; DeepSpeed reads this once, when it is imported.
+_ON_CPU = {"DS_ACCELERATOR": "cpu"}
+# What a process that trains imports before its first step: 5 s of work, most of it torch's compiler for one of DeepSpeed's optimizers.
+_PRELOADED = ("torch.distributed", "longctx.engine", "deepspeed.runtime.zero.muon.muon_optimizer")
 
 
-def _context(is_fresh: bool) -> Any:
-    """How processes start: forked from a server that did nothing but import torch, which saves each of them seconds.
+def forked() -> Any:
+    """A `multiprocessing` context whose processes are forked from a server that has imported what training needs.
 
-    With `is_fresh` from a new interpreter: CUDA, and what libraries read from the environment when they are imported.
+    That saves each of them seconds. They cannot use CUDA, and what libraries read from the environment when they are
+    imported, the server has read.
     """
-    context = multiprocessing.get_context("spawn" if is_fresh else "forkserver")
-    if not is_fresh:
-        context.set_forkserver_preload(["torch.distributed"])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    with _environment(_ONE_THREAD | _ON_CPU):
+        forkserver.ensure_running()
     return context
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the processes that are started inside."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class _Worker:
@@ -115,14 +136,9 @@ class _Worker:
             name=self.name,
             daemon=True,
         )
-        # A new interpreter reads these before any of our code could set them, and the server when it starts.
-        before = dict(os.environ)
-        os.environ.update(env | _ONE_THREAD)
-        try:
+        # A new interpreter reads these before any of our code could set them.
+        with _environment(env | _ONE_THREAD):
             self._process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
         theirs.close()
 
     def receive(self) -> None:

@@ -10,17 +10,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from longctx.checkpoint import TrainState, arrangement, check_checkpoint, latest_checkpoint, load_checkpoint, saved_as
 from longctx.checkpoint_saver import Saver
-from longctx.errors import CheckpointError, ConfigError, NonFiniteError, Problem
+from longctx.errors import CheckpointError, ConfigError, NonFiniteError
 from longctx.launch import Launch, Place, StartError
 from longctx.metrics import Meter, MetricsFile, peak_flops, peak_memory_bytes, step_work
 from longctx.parallel.mesh import ParallelMesh
@@ -40,61 +40,6 @@ log = logging.getLogger(__name__)
 
 # The process group's own timeout comes after the watchdog's, which knows more and says so.
 GROUP_TIMEOUT_MARGIN_S = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long, from where, and where to.
-
-    Args:
-        steps: optimizer steps of the whole run, those before a resume included.
-        seed: of the initial weights.
-        init_from: a folder of weights to start from, in Hugging Face's layout, as `longctx import` checks it; None: random
-            ones. A run that is resumed goes on from its checkpoint.
-        run_dir: metrics, checkpoints and wandb's files go here; shared by all machines.
-        save_every: steps between checkpoints; there is always one at the end. 0: only that.
-        keep: checkpoints that are kept.
-        async_save: write checkpoints beside the training, from a copy in the host's memory: 12 bytes for each parameter of the
-            model, over all processes together.
-        resume: "auto": the newest complete checkpoint of `run_dir`, if there is one; "never": from the start; or a path.
-        timeout_s: a rank that dies or hangs ends the run within this time.
-        device: "auto": CUDA where there is a GPU, else the CPU.
-    """
-
-    steps: int = 100
-    seed: int = 0
-    init_from: str | None = None
-    run_dir: str = "runs/default"
-    save_every: int = 0
-    keep: int = 2
-    async_save: bool = False
-    resume: str = "auto"
-    timeout_s: float = 600.0
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-
-    def problems(self) -> list[Problem]:
-        """What is wrong with these settings."""
-        found = []
-        for name, least in (("steps", 1), ("save_every", 0), ("keep", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value < least:
-                found.append(Problem(f"train.{name} = {value}: it must be {least} or more"))
-        if not 5.0 <= self.timeout_s <= 1e6:
-            found.append(
-                Problem(
-                    f"train.timeout_s = {self.timeout_s:g}: it must be between 5 and 1,000,000 seconds",
-                    "heartbeats come once a second, and the first step may compile for minutes",
-                )
-            )
-        for name in ("run_dir", "resume", "init_from"):
-            if getattr(self, name) == "":
-                found.append(Problem(f"train.{name} is empty", "leave it out for its default"))
-        return found
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints of this run are."""
-        return Path(self.run_dir).expanduser() / "checkpoints"
 
 
 class Trainer:
@@ -276,13 +221,13 @@ class Trainer:
                     memory=peak_memory_bytes(device),
                     telemetry=result.telemetry,
                 )
-            if self.state.step == train.steps or (train.save_every and self.state.step % train.save_every == 0):
+            if train.saves_after(self.state.step):
                 watchdog.mark(step, "saving a checkpoint")
                 self._save(saver, is_last=self.state.step == train.steps)
         watchdog.mark(train.steps, "finishing")
         memory = _largest(peak_memory_bytes(device), device)
         if recorder is not None:
-            recorder.summary(memory=memory, saved=str(saver.newest), folder=str(self.run_dir))
+            recorder.summary(memory=memory, saved=str(saver.newest or "none"), folder=str(self.run_dir))
 
     def _save(self, saver: Saver, *, is_last: bool) -> None:
         """A disk that is full now may have room at the next checkpoint; after the last one there is none."""

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from run_cases import Background, clean_env, train, train_command, write_config
+from run_cases import Background, Forked, Run, clean_env, train, train_command, write_config
 
 from longctx.checkpoint_folder import find_damage, find_problem, read_manifest
 from longctx.metrics import read_metrics
@@ -75,7 +75,18 @@ def damaged(root: Path, steps: Sequence[int]) -> int:
     return sum(find_problem(p) is not None or find_damage(p, read_manifest(p)["files"]) is not None for p in paths)
 
 
-def kills(folder: Path, count: int, seed: int) -> Iterator[Kill]:
+def start(launcher: str, log: Path, *words: str | Path) -> Run:
+    """A run of two processes with `WORDS`, in the background.
+
+    Args:
+        launcher: as in `run_cases.train`.
+    """
+    if launcher == "forked":
+        return Forked(2, log, *WORDS, *words)
+    return Background(train_command(launcher, 2, *WORDS, *words), log)
+
+
+def kills(folder: Path, count: int, seed: int, launcher: str = "torchrun") -> Iterator[Kill]:
     """Kill a run `count` times; each is given when the start after it has made a step."""
     chosen = random.Random(seed)
     config = write_config(folder)
@@ -83,10 +94,9 @@ def kills(folder: Path, count: int, seed: int) -> Iterator[Kill]:
     pending: dict | None = None
     for number in range(count + 1):
         asynchronous = str(number % 2 == 0).lower()
-        command = train_command("torchrun", 2, "--config", config, *WORDS, f"--train.async_save={asynchronous}")
-        log = folder / f"log{number}"
+        words = ("--config", config, f"--train.async_save={asynchronous}")
         starts = metrics.read_text().count(START) if metrics.exists() else 0
-        with Background(command, log) as run:
+        with start(launcher, folder / f"log{number}", *words) as run:
             run.wait_for(lambda: has_begun(metrics, starts), "a step", 180)  # noqa: B023
             if pending is not None:
                 told = re.search(r"^resumed +at step (\d+)", run.output, re.M)
@@ -112,7 +122,7 @@ def kills(folder: Path, count: int, seed: int) -> Iterator[Kill]:
         }
 
 
-def wait_for_moment(run: Background, kind: str, root: Path, chosen: random.Random) -> None:
+def wait_for_moment(run: Run, kind: str, root: Path, chosen: random.Random) -> None:
     delay = chosen.uniform(0, 1.5)
     run.wait_for(lambda: bool(complete_steps(root)), "a first checkpoint", 180)
     time.sleep(delay)
@@ -133,12 +143,12 @@ def last_step(metrics: Path) -> int:
     return int(found[-1]) if found else -1
 
 
-def undisturbed(folder: Path, steps: int) -> None:
+def undisturbed(folder: Path, steps: int, launcher: str = "torchrun") -> None:
     """The same run, which reaches so many steps in one go."""
     folder.mkdir()
-    command = train_command("torchrun", 2, "--config", write_config(folder), *WORDS, "--train.save_every=0")
+    words = ("--config", write_config(folder), "--train.save_every=none", "--train.async_save=false")
     metrics = folder / "run" / "metrics.jsonl"
-    with Background(command, folder / "log") as run:
+    with start(launcher, folder / "log", *words) as run:
         run.wait_for(lambda: metrics.exists() and last_step(metrics) >= steps, f"step {steps}", 1800)
 
 
@@ -200,7 +210,7 @@ def full_disk(folder: Path, room: float) -> FullDisk:
 def full_disk_inside(folder: Path, room: float) -> FullDisk:
     root = folder / "run" / "checkpoints"
     words = ("--config", write_config(folder), *WORDS[:3], f"--train.async_save={str(room < 0.5).lower()}")
-    first = train("torchrun", 2, *words, "--train.steps=2")
+    first = train("forked", 2, *words, "--train.steps=2")
     assert first.returncode == 0, first.stdout
     (saved,) = root.iterdir()
     files = {file.name: file.read_bytes() for file in saved.iterdir()}
@@ -209,14 +219,14 @@ def full_disk_inside(folder: Path, room: float) -> FullDisk:
     saved.mkdir()
     for name, content in files.items():
         (saved / name).write_bytes(content)
-    full = train("torchrun", 2, *words, "--train.steps=6", "--train.keep=1")
+    full = train("forked", 2, *words, "--train.steps=6", "--train.keep=1")
     # Warned of at step 4, and raised at the last one.
     warned = re.search(r"^warning +no checkpoint: .*No space left on device", full.stdout, re.M)
     raised = re.search(r"failed at step 5 .*checkpoint .*No space left on device", full.stdout)
     said = bool(warned and raised) and full.returncode == 1 and "longctx/checkpoint" not in full.stdout
     lost = damaged(root, [2]) + (complete_steps(root) != [2]) + any(root.glob("tmp-*"))
     subprocess.run(["mount", "-o", f"remount,size={3 * size}", str(root)], check=True)
-    again = train("torchrun", 2, *words, "--train.steps=6", "--train.keep=1")
+    again = train("forked", 2, *words, "--train.steps=6", "--train.keep=1")
     went_on = again.returncode == 0 and "resumed   at step 2" in again.stdout and complete_steps(root) == [6]
     return FullDisk(room, said, int(lost), went_on)
 

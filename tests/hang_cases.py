@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from run_cases import free_port, write_config
 from longctx.config import load_config
 from longctx.launch import Launch, Place, run
 from longctx.parallel.exchange import RingExchange
+from longctx.testing import forked
 from longctx.trainer import Trainer
 
 WORLD = 3
@@ -89,9 +89,7 @@ def _rank_main(rank: int, port: int, config: Path, case: str, what: str, folder:
 
 def train_until_it_happens(folder: Path, case: str, what: str) -> tuple[list[int | None], list[str]]:
     """Exit codes and outputs of the ranks."""
-    # Forked from a process that has imported everything once.
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "longctx.engine", "deepspeed"])
+    context = forked()
     config, port = write_config(folder), free_port()
     processes = [
         context.Process(target=_rank_main, args=(rank, port, config, case, what, folder), daemon=True)

@@ -7,10 +7,16 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 import psutil
+
+from longctx.__main__ import main
+from longctx.testing import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train.py"
@@ -87,7 +93,16 @@ def train_command(launcher: str, world: int, *words: str | Path) -> list[str]:
 def train(
     launcher: str, world: int, *words: str | Path, timeout_s: float = 120, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end. stdout and stderr come together, as on a terminal."""
+    """Run to the end. stdout and stderr come together, as on a terminal.
+
+    Args:
+        launcher: "python", "torchrun" or "deepspeed"; or "forked", for a run that is not about its launcher.
+    """
+    if launcher == "forked":
+        with tempfile.TemporaryDirectory(prefix="longctx-run-") as folder:
+            with Forked(world, Path(folder) / "log", *words, **env) as run:
+                code = run.wait(timeout_s)
+            return subprocess.CompletedProcess(list(map(str, words)), code, run.output)
     return subprocess.run(
         train_command(launcher, world, *words),
         env=clean_env(**env),
@@ -98,41 +113,73 @@ def train(
     )
 
 
-class Background:
+def train_here(words: list[str]) -> int:
+    """`longctx train` as this process of its run."""
+    return main(["train", *words])
+
+
+class Run:
     """A run in the background: a context manager that leaves no process behind.
 
     Args:
-        command: what to start.
         log: where its output goes.
     """
 
-    def __init__(self, command: list[str], log: Path, **env: str) -> None:
+    def __init__(self, log: Path) -> None:
         self._log = log
-        self._file = log.open("w")
-        self.process = subprocess.Popen(
-            command, env=clean_env(**env), stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True
-        )
 
-    def __enter__(self) -> Background:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill_all()
-        self._file.close()
 
     @property
     def output(self) -> str:
         return self._log.read_text()
 
-    def wait_for(self, condition, what: str, timeout_s: float = 90) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = 90) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert self.process.poll() is None, f"ended with {self.process.returncode} before {what}:\n{self.output}"
+            assert self.code() is None, f"ended with {self.code()} before {what}:\n{self.output}"
             assert time.monotonic() < deadline, f"no {what} within {timeout_s} s:\n{self.output}"
             time.sleep(0.01)
 
+    def code(self) -> int | None:
+        """The exit code; None while it runs."""
+        raise NotImplementedError
+
     def rank(self, rank: int) -> psutil.Process:
         """The process of a rank."""
+        raise NotImplementedError
+
+    def wait(self, timeout_s: float) -> int:
+        """The exit code, when it has ended."""
+        raise NotImplementedError
+
+    def kill_all(self) -> None:
+        """SIGKILL for every process of it."""
+        raise NotImplementedError
+
+
+class Background(Run):
+    """A run under its launcher.
+
+    Args:
+        command: what to start.
+    """
+
+    def __init__(self, command: list[str], log: Path, **env: str) -> None:
+        super().__init__(log)
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, env=clean_env(**env), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def code(self) -> int | None:
+        return self.process.poll()
+
+    def rank(self, rank: int) -> psutil.Process:
         for child in psutil.Process(self.process.pid).children(recursive=True):
             try:
                 # The deepspeed launcher sets RANK for each of its children only.
@@ -146,7 +193,7 @@ class Background:
         return self.process.wait(timeout_s)
 
     def kill_all(self) -> None:
-        """SIGKILL for the launcher and everything it started, launcher first so that it has no last word."""
+        # The launcher first, so that it has no last word.
         try:
             family = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -159,3 +206,76 @@ class Background:
                 continue
         psutil.wait_procs(family, timeout=10)
         self.process.wait()
+
+
+class Forked(Run):
+    """A run without a launcher, in processes forked from one that has imported everything, which saves most of the time that a
+    small run takes.
+
+    Args:
+        world: processes.
+        main, words: each calls `main(words)`, which gives its exit code.
+        logs: where the output of each goes, instead of all to `log`.
+    """
+
+    def __init__(
+        self,
+        world: int,
+        log: Path,
+        *words: str | Path,
+        main: Callable[[list[str]], int] = train_here,
+        logs: Sequence[Path] = (),
+        **env: str,
+    ) -> None:
+        super().__init__(log)
+        ranks = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | env
+        context = forked()
+        self._processes = []
+        for rank in range(world):
+            output = logs[rank] if logs else log
+            output.touch()
+            of_rank = clean_env() | ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self._processes.append(
+                context.Process(target=_forked_main, args=(output, main, list(map(str, words)), of_rank))
+            )
+        # The first one, at which they meet, comes last.
+        for process in reversed(self._processes):
+            process.start()
+
+    @property
+    def codes(self) -> list[int | None]:
+        """The exit code of each rank."""
+        return [process.exitcode for process in self._processes]
+
+    def code(self) -> int | None:
+        # As a launcher: done when all are, and wrong when one is.
+        return None if None in self.codes else next((code for code in self.codes if code), 0)
+
+    def rank(self, rank: int) -> psutil.Process:
+        return psutil.Process(self._processes[rank].pid)
+
+    def wait(self, timeout_s: float) -> int:
+        deadline = time.monotonic() + timeout_s
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        if (code := self.code()) is None:
+            raise subprocess.TimeoutExpired("longctx train", timeout_s, self.output)
+        return code
+
+    def kill_all(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+
+def _forked_main(log: Path, main: Callable[[list[str]], int], words: list[str], env: dict[str, str]) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.clear()
+    os.environ.update(env)
+    code = main(words)
+    sys.stdout.flush()
+    sys.exit(code)

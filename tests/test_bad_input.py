@@ -203,7 +203,7 @@ def test_wandb_online_without_a_login(config, capsys, tmp_path):
 def trained(tmp_path_factory):
     """The configuration of a run that has left two checkpoints."""
     config = write_config(tmp_path_factory.mktemp("trained"))
-    done = train("python", 1, "--config", config, "--train.save_every=1", "--train.steps=2")
+    done = train("forked", 1, "--config", config, "--train.save_every=1", "--train.steps=2")
     assert done.returncode == 0, done.stdout
     return config
 

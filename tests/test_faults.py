@@ -10,26 +10,26 @@ from fault_table import WHILE_SAVING, WHILE_TRAINING, can_mount, full_disk, kill
 needs_mount = pytest.mark.skipif(not can_mount(), reason="this user cannot have a mount namespace for a small tmpfs")
 
 
-def survive(folder, count: int) -> None:
+def survive(folder, count: int, launcher: str) -> None:
     told = []
-    for kill in kills(folder / "killed", count, seed=count):
+    for kill in kills(folder / "killed", count, seed=count, launcher=launcher):
         told.append(kill)
         assert kill.lost == 0, kill
         assert kill.went_on == kill.after >= kill.before > 0, kill
     assert {kill.kind for kill in told} == {WHILE_TRAINING, WHILE_SAVING}
     steps = len(records(folder / "killed"))
     assert steps > count
-    undisturbed(folder / "whole", steps)
+    undisturbed(folder / "whole", steps, launcher)
     assert steps_differ(folder / "killed", folder / "whole", steps) == []
 
 
 def test_a_rank_killed_at_any_moment_costs_no_checkpoint_and_no_step(tmp_path):
-    survive(tmp_path, 3)
+    survive(tmp_path, 3, "forked")
 
 
 @pytest.mark.slow
 def test_fifty_kills(tmp_path):
-    survive(tmp_path, 50)
+    survive(tmp_path, 50, "torchrun")
 
 
 def fill(folder, room: float) -> None:

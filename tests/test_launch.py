@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from run_cases import ROOT, clean_env, free_port
+from run_cases import Forked, free_port
 
 from longctx import launch, process
 from longctx.config import key_names
@@ -140,56 +138,36 @@ def test_a_broken_environment_is_a_user_error(capsys, monkeypatch):
     assert "missing: LOCAL_RANK" in capsys.readouterr().err
 
 
-# What each of three processes does: (stage, what each rank raises).
-SCRIPT = """
-import sys
-from longctx.errors import ConfigError
-from longctx.launch import Launch, run
+def meet(words: list[str]) -> int:
+    """What each of three processes does, and which of them fail how."""
+    (case,) = words
 
-case = sys.argv[1]
+    def body(launch: Launch) -> None:
+        rank = launch.place.rank
+        with launch.together("the start"):
+            pass
+        assert launch.from_first("a path", lambda: f"from {rank}") == "from 0"
+        with launch.together("the data"):
+            if case == "all":
+                raise ConfigError("no text")
+            if case == "one" and rank == 1:
+                raise ConfigError("disk 1 is broken")
+            if case == "two" and rank > 0:
+                raise ConfigError(f"disk {rank} is broken")
+            if case == "ours" and rank == 2:
+                raise KeyError("a mistake")
+        launch.finish()
+        print(f"rank {rank} went on", flush=True)
 
-def body(launch):
-    rank = launch.place.rank
-    with launch.together("the start"):
-        pass
-    assert launch.from_first("a path", lambda: f"from {rank}") == "from 0"
-    with launch.together("the data"):
-        if case == "all":
-            raise ConfigError("no text")
-        if case == "one" and rank == 1:
-            raise ConfigError("disk 1 is broken")
-        if case == "two" and rank > 0:
-            raise ConfigError(f"disk {rank} is broken")
-        if case == "ours" and rank == 2:
-            raise KeyError("a mistake")
-    launch.finish()
-    print(f"rank {rank} went on", flush=True)
-
-sys.exit(run(body))
-"""
+    return run(body)
 
 
-def start_three(folder: Path, case: str, **env: str):
-    """The script on three processes, rank 0 last and so the last to arrive."""
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    port = str(free_port())
-    running = {}
-    for rank in (2, 1, 0):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3"}
-        running[rank] = subprocess.Popen(
-            [sys.executable, str(script), case],
-            env=clean_env(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, PYTHONPATH=str(ROOT), **ranks, **env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    try:
-        texts = {rank: p.communicate(timeout=90)[0] for rank, p in sorted(running.items())}
-    finally:
-        for p in running.values():
-            p.kill()
-    return [running[rank].returncode for rank in range(3)], [texts[rank] for rank in range(3)]
+def start_three(folder: Path, case: str) -> tuple[list[int | None], list[str]]:
+    """The exit codes and outputs of three processes, rank 0 last and so the last to arrive."""
+    logs = [folder / f"{case}{rank}" for rank in range(3)]
+    with Forked(3, folder / case, case, main=meet, logs=logs) as started:
+        started.wait(90)
+        return started.codes, [log.read_text() for log in logs]
 
 
 def test_agreement_over_three_processes(tmp_path):

@@ -22,6 +22,7 @@ PURE = (
     "parallel.plan",
     "parallel.schedule",
     "parallel.slices",
+    "parallel.nearest",
     "parallel.nodes",
     "parallel.stages",
     "parallel.moves",
@@ -73,7 +74,7 @@ LAYERS = (
     ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
     ("L6 Hugging Face", ("hf_masks", "hf_attention", "huggingface", "hf_trainer")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
-    ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config", "evaluation")),
+    ("L6 a run", ("train_config", "progress", "recorder", "preparation", "trainer", "config", "evaluation")),
     (
         "L6 benchmark",
         (

@@ -82,13 +82,13 @@ def test_a_configuration_is_checked_with_its_machines():
 
 
 def two_agents(folder: Path, *words: str | Path) -> list[tuple[int, str]]:
-    """torchrun twice on this machine, two processes each, as on two machines; (exit code, output) of each."""
+    """torchrun twice on this machine, one process each, as on two machines; (exit code, output) of each."""
     port = free_port()
     told = []
     with ExitStack() as stack:
         agents = []
         for node in range(2):
-            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
             command += ["--node-rank", str(node), "--rdzv-backend", "c10d", "--rdzv-id", "pair"]
             command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1", str(TRAIN)]
             command += map(str, words)
@@ -101,22 +101,22 @@ def two_agents(folder: Path, *words: str | Path) -> list[tuple[int, str]]:
 
 def test_two_agents_of_torchrun_train_as_one_process_does(tmp_path):
     (tmp_path / "alone").mkdir()
-    words = ("--config", write_config(tmp_path), "--model.num_heads=4")
-    done = train("python", 1, *words, f"--train.run_dir={tmp_path}/alone")
+    words = ("--config", write_config(tmp_path))
+    done = train("forked", 1, *words, f"--train.run_dir={tmp_path}/alone")
     assert done.returncode == 0, done.stdout
-    told = two_agents(tmp_path, *words, "--parallel.ring=2", "--parallel.ulysses=2")
+    told = two_agents(tmp_path, *words, "--parallel.ring=2")
     assert [code for code, _ in told] == [0, 0], told
-    assert "on 4 processes, 2 on each machine" in told[0][1] + told[1][1]
+    assert "on 2 processes, 1 on each machine" in told[0][1] + told[1][1]
     ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "alone"))
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-5)
     assert len(ours) == 3
 
 
-def test_ulysses_over_two_agents_is_refused_before_anything_starts(tmp_path):
+def test_ulysses_over_two_machines_is_refused_before_anything_starts(tmp_path):
     words = ("--config", write_config(tmp_path), "--model.num_heads=4")
-    told = two_agents(tmp_path, *words, "--parallel.ulysses=4")
-    assert all(code != 0 for code, _ in told)
-    output = "".join(text for _, text in told)
-    assert len(re.findall("tp 1 x ulysses 4 = 4 processes exchange activations", output)) == 1, output
-    assert "tp 1, ulysses 2, ring 2 for the same processes" in output
+    # Four processes, of which each machine has two.
+    done = train("forked", 4, *words, "--parallel.ulysses=4", LOCAL_WORLD_SIZE="2")
+    assert done.returncode == 2, done.stdout
+    assert len(re.findall("tp 1 x ulysses 4 = 4 processes exchange activations", done.stdout)) == 1, done.stdout
+    assert "tp 1, ulysses 2, ring 2 for the same processes" in done.stdout
     assert not (tmp_path / "run").exists()

@@ -27,7 +27,7 @@ def grown(found: dict[str, float], dtype: str) -> list[str]:
     return [name for name in TENSORS if not found[name] <= ALLOWED * alone[name]]
 
 
-@pytest.mark.parametrize("world", [2, 4, 8, 16, 64])
+@pytest.mark.parametrize("world", [2, 4, 8, 16, pytest.param(64, marks=pytest.mark.slow)])
 def test_the_error_does_not_grow_with_the_ring(world):
     assert grown(errors(world, "bf16"), "bf16") == []
 

@@ -277,6 +277,7 @@ class TestFromRun:
             "tokens/s": (200.0, "tokens/s"),
             "mfu": (20.0, "%"),
             "memory": (3.0, "GiB"),
+            "loss of step 4": (0.2, "nats/token"),
         }
         count = ModelConfig(**MODEL).shape.num_params
         assert {r.config for r in rows} == {f"{count / 1e6:.2f}M parameters, 2k tokens, packed documents"}

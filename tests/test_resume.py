@@ -48,7 +48,10 @@ class Runs:
         precise = all(PLACES[name].dtype == "fp32" for name in (source, target))
         # In bf16 the state is as exact, but what is computed from it is rounded in another way.
         limit = SAME if precise else 1e-2
-        assert largest_difference(self.moved[source, target, ""], self.straight[source]) < limit
+        found = largest_difference(self.moved[source, target, ""], self.straight[source])
+        # `pytest -s` shows it.
+        print(f"\n{source} to {target}: {found:.1e}")
+        assert found < limit
 
     def check_state(self, source: str, target: str) -> None:
         """Saved again right after the resume, every number is bit for bit what it was."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict
@@ -12,16 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from run_cases import clean_env, train, write_text
 from safetensors.torch import load_file, save_file
 from train_cases import ROWS, SEQ_LEN, full_step
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from weights_cases import CASES, filled
+from transformers import AutoConfig, AutoModelForCausalLM
+from weights_cases import CASES, filled, randomised
 
-from longctx.__main__ import main
 from longctx.checkpoint import TrainState, latest_checkpoint
 from longctx.checkpoint_saver import save_checkpoint
-from longctx.config import load_config
 from longctx.engine import EngineConfig, build_engine
 from longctx.errors import CheckpointError, ConfigError
 from longctx.layout import SequenceMeta
@@ -31,22 +27,11 @@ from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parity import shard_step
-from longctx.preparation import weights_to_start_from
 from longctx.testing import run_distributed
-from longctx.weights import INDEX, SINGLE, WeightsFolder, export, import_config, parse_bytes, shards_of
+from longctx.weights import INDEX, SINGLE, WeightsFolder, export, parse_bytes, shards_of
 
 # Parameters do not divide by three: the last partition is padded.
 WORLD = 3
-
-
-@torch.no_grad()
-def randomised(config: PreTrainedConfig) -> torch.nn.Module:
-    """Weights as different from their initial values as training makes them: biases not 0, norms not 1."""
-    model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(7)
-    for name, p in model.named_parameters():
-        p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + (1.0 if name.endswith("norm.weight") else 0.0))
-    return model
 
 
 TOKENS = torch.randint(0, 64, (2, SEQ_LEN), generator=torch.Generator().manual_seed(1))
@@ -148,26 +133,39 @@ def test_an_engine_of_any_stage_starts_from_them(root, trained, name):
     assert {key for key, p in trained[name]["end"].items() if torch.equal(p, start[key])} == set(), "it has learnt"
 
 
-def in_parts(rank: int, root: str) -> dict[str, dict[str, torch.Tensor]]:
-    """What an engine of two stages and two tp ranks starts from, put together again."""
+IN_PARTS = ("llama-llama3", "qwen2-tied")
+
+
+def in_parts(rank: int, root: str) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    """As `through_engines`, by an engine of two stages and two tp ranks; the stages' parameters put together again."""
     mesh = ParallelMesh.create(ParallelPlan(pp=2, tp=2), device="cpu")
     told = {}
-    for name in ("llama-llama3", "qwen2-tied"):
+    for name in IN_PARTS:
         weights = WeightsFolder(Path(root) / name / "hf")
-        settings = EngineConfig(dtype="fp32", kernel="reference")
-        engine = build_engine(weights.config, settings, OptimConfig(), mesh, total_steps=9, load=weights.load_into)
-        told[name] = engine.full_state_dict()
+        settings = EngineConfig(dtype="fp32", micro_batch_size=ROWS, kernel="reference")
+        optim = OptimConfig(lr=1e-2, warmup_steps=0)
+        engine = build_engine(weights.config, settings, optim, mesh, total_steps=9, load=weights.load_into)
+        start = engine.full_state_dict()
+        for step in range(2):
+            engine.train_step(step, shard_step(full_step(step, dp=1, accumulation=1), mesh))
+        path = Path(root) / f"{name}-parts"
+        save_checkpoint(path, engine, TrainState(step=2), fingerprint=asdict(weights.config), keep=1)
+        told[name] = {"start": start, "end": engine.full_state_dict()}
     return told
 
 
-def test_stages_and_shared_matrices_start_from_them(root):
-    told = run_distributed(in_parts, str(root), world=4)
-    assert not any(of_rank["qwen2-tied"] for of_rank in told[1:])
-    for name, start in told[0].items():
-        hf = AutoModelForCausalLM.from_pretrained(root / name / "hf")
-        held = dict(hf.named_parameters())
-        assert start.keys() == held.keys()
-        assert {key for key, p in start.items() if not torch.equal(p, held[key])} == set()
+@pytest.fixture(scope="module")
+def parts(root):
+    return run_distributed(in_parts, str(root), world=4, timeout_s=240)
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_stages_and_shared_matrices_start_from_them(root, parts, name):
+    assert not any(of_rank[name]["start"] for of_rank in parts[1:])
+    start = parts[0][name]["start"]
+    held = dict(AutoModelForCausalLM.from_pretrained(root / name / "hf").named_parameters())
+    assert start.keys() == held.keys()
+    assert {key for key, p in start.items() if not torch.equal(p, held[key])} == set()
 
 
 # ---- out
@@ -191,6 +189,19 @@ def test_checkpoints_go_out_bit_for_bit_and_transformers_computes_the_same(root,
     model = Transformer(weights.config, kernel="reference")
     weights.load_into(model)
     assert_same_logits(model, hf)
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_checkpoints_of_stages_and_shared_matrices_go_out_whole(root, parts, trained, tmp_path, name):
+    files = export(latest_checkpoint(root / f"{name}-parts"), tmp_path / "out", max_position=128, shard_bytes=9_000)
+    assert sum(file.suffix == ".safetensors" for file in files) > 1
+    held = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    end, of_ring = parts[0][name]["end"], trained[name]["end"]
+    assert held.keys() == end.keys() == of_ring.keys()
+    assert {key for key, p in held.items() if not torch.equal(p, end[key])} == set()
+    # What another plan has learnt from the same steps.
+    for key, p in held.items():
+        assert (p - of_ring[key]).norm() <= 1e-4 * of_ring[key].norm(), key
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.zero_stage])
@@ -328,77 +339,6 @@ def test_nothing_is_left_of_an_export_that_fails(root, trained, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- commands and runs
-
-
-@pytest.fixture
-def own_environment(monkeypatch):
-    monkeypatch.setattr(os, "environ", clean_env())
-
-
-def write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = [
-        "<unk>",
-        "</s>",
-        "ring",
-        "attention",
-        "passes",
-        "keys",
-        "and",
-        "values",
-        "round",
-        "while",
-        "queries",
-        "stay",
-    ]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.add_special_tokens(["</s>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def test_a_run_starts_from_a_folder_and_gives_it_back(root, tmp_path, own_environment, capsys):
-    """transformers -> longctx import -> train.py, with steps too small to change anything -> longctx export."""
-    folder = Path(shutil.copytree(root / "qwen3-yarn" / "hf", tmp_path / "hf"))
-    write_tokenizer(folder)
-    config = tmp_path / "run.toml"
-    assert main(["import", str(folder), "--config", str(config)]) == 0
-    assert main(["import", str(folder), "--config", str(config)]) == 2
-    assert "could not be written: File exists" in capsys.readouterr().err
-    loaded = load_config(config)
-    assert loaded.model == filled(CASES["qwen3-yarn"].ours)
-    assert loaded.data.tokenizer == str(folder / "tokenizer.json")
-    assert loaded.train.init_from == str(folder)
-    words = ["--config", config, f"--data.path={write_text(tmp_path)}", f"--data.cache_dir={tmp_path}/cache"]
-    words += ["--data.seq_len=96", "--optim.lr=1e-30", f"--train.run_dir={tmp_path}/run", "--model.sliding_window=40"]
-    done = train("torchrun", 2, *words, "--parallel.ring=2", "--engine.zero_stage=3", "--train.steps=1")
-    assert done.returncode == 0, done.stdout
-    assert re.search(rf"^weights +from {folder} ", done.stdout, re.M)
-    assert re.search(r"^note +model.sliding_window is 40, in the weights' config.json None", done.stdout, re.M)
-    out = tmp_path / "out"
-    step = latest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert main(["export", str(step), str(out), "--tokenizer", str(folder), "--shard-size", "10KB"]) == 0
-    shown = capsys.readouterr().out
-    assert "model-00001-of-" in shown
-    assert "tokenizer.json" in shown
-    given, got = WeightsFolder(folder), WeightsFolder(out)
-    models = [Transformer(CASES["qwen3-yarn"].ours) for _ in range(2)]
-    given.load_into(models[0])
-    got.load_into(models[1])
-    expected = models[0].state_dict()
-    assert {key for key, p in models[1].state_dict().items() if not torch.equal(p, expected[key])} == set()
-    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 1
-
-    # A run that goes on has its weights from its checkpoint; the folder may be gone.
-    (folder / SINGLE).unlink()
-    more = train("torchrun", 2, *words, "--parallel.ring=2", "--engine.zero_stage=3", "--train.steps=2")
-    assert more.returncode == 0, more.stdout
-    assert "resumed   at step 1" in more.stdout
-    assert "train.init_from" not in more.stdout
-
-
 def test_the_exported_length_is_that_of_the_training_where_nothing_stretches_it(root, trained, tmp_path):
     path = Path(shutil.copytree(latest_checkpoint(root / "mistral"), tmp_path / "step-00000002"))
     with pytest.raises(CheckpointError, match="--max-position"):
@@ -408,31 +348,3 @@ def test_the_exported_length_is_that_of_the_training_where_nothing_stretches_it(
     (path / "manifest.json").write_text(json.dumps(manifest))
     export(path, tmp_path / "out")
     assert AutoConfig.from_pretrained(tmp_path / "out").max_position_embeddings == 96
-
-
-def test_settings_that_do_not_fit_the_weights_are_all_named(root, tmp_path):
-    folder = root / "qwen2-window" / "hf"
-    config = tmp_path / "run.toml"
-    config.write_text(import_config(folder))
-    words = ["--model.hidden_size=64", "--model.qkv_bias=false", "--model.rope_theta=1e7"]
-    with pytest.raises(CheckpointError) as caught:
-        weights_to_start_from(load_config(config, words))
-    said = str(caught.value)
-    assert said.startswith(f"2 problems with train.init_from = '{folder}'")
-    assert "model.hidden_size = 64, but these weights are of 32" in said
-    assert "model.qkv_bias = False, but these weights are of True" in said
-    stretched = load_config(config, ["--model.rope_theta=1e7"])
-    assert weights_to_start_from(stretched).fits(stretched.model) == [
-        "model.rope_theta is 10000000.0, in the weights' config.json 10000.0"
-    ]
-
-
-def test_words_that_make_no_sense_are_refused(capsys, own_environment):
-    assert main(["export", "nowhere"]) == 2
-    assert "the following arguments are required: OUT" in capsys.readouterr().err
-    assert main(["export", "nowhere", "out", "--max-position", "long"]) == 2
-    assert "--max-position long is not a number of tokens" in capsys.readouterr().err
-    assert main(["export", "nowhere", "out"]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
-    assert main(["import", "nowhere"]) == 2
-    assert "nowhere is not a folder" in capsys.readouterr().err

@@ -5,18 +5,17 @@ Steps wait for the slowest rank, as collectives do; that is what makes a dead ra
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from run_cases import free_port
 
 from longctx.errors import NonFiniteError
 from longctx.launch import Launch, run
+from longctx.testing import forked
 from longctx.watchdog import Watchdog
 
 WORLD = 3
@@ -94,9 +93,7 @@ class Ranks:
 
     def __init__(self, folder: Path, case: str, victim: int = 1, *, is_guarded: bool = True) -> None:
         self.folder = folder
-        # Forked from a process that has imported torch once: importing it three times a case would be most of the time.
-        context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context = forked()
         port = free_port()
         self.processes = [
             context.Process(target=_rank_main, args=(rank, port, case, victim, is_guarded, folder), daemon=True)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from longctx.model import ModelConfig
 from longctx.rope import RopeScaling
@@ -98,3 +106,13 @@ CASES = {
 
 def filled(config: ModelConfig) -> ModelConfig:
     return replace(config, head_dim=config.head_size, num_kv_heads=config.kv_heads, intermediate_size=config.mlp_size)
+
+
+@torch.no_grad()
+def randomised(config: PreTrainedConfig) -> torch.nn.Module:
+    """Weights as different from their initial values as training makes them: biases not 0, norms not 1."""
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(7)
+    for name, p in model.named_parameters():
+        p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + (1.0 if name.endswith("norm.weight") else 0.0))
+    return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from longctx.errors import DistributedError
 from longctx.parallel.plan import ParallelPlan
-from longctx.testing import run_distributed, run_virtual_ring
+from longctx.testing import _PRELOADED, run_distributed, run_virtual_ring
 
 
 def good(rank: int, base: int) -> tuple:
@@ -85,3 +86,11 @@ def test_a_virtual_ring_gives_results_or_the_first_failure():
     with pytest.raises(ZeroDivisionError, match="the reason") as error:
         run_virtual_ring(fails, world=3)
     assert error.value.__notes__ == ["on [rank 2 | dp0 pp0 ring2 uly0 tp0] of a virtual ring"]
+
+
+def imported(rank: int) -> list[bool]:
+    return [name in sys.modules for name in (*_PRELOADED, "torch._dynamo")]
+
+
+def test_processes_are_forked_with_what_training_imports():
+    assert run_distributed(imported, world=1) == [[True] * (len(_PRELOADED) + 1)]
