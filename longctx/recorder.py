@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -76,6 +77,14 @@ class Recorder:
         left = (self.progress.total - done) * average.seconds if average is not None else None
         self.progress.show(record["step"], record["loss"], rates, memory=memory, eta_seconds=left)
 
+    def evaluated(self, step: int, loss: float, sequences: int, seconds: float) -> None:
+        """The loss on text that is not trained on, after `step` (from 0)."""
+        record = {"step": step, "eval_loss": loss, "eval_sequences": sequences, "eval_seconds": seconds}
+        if self._file is not None:
+            self._file.write("eval", record)
+        self.wandb.log(record)
+        self.progress.say(f"eval      {describe_evaluation(loss, sequences, seconds)} after step {step}")
+
     def summary(self, *, memory: int, saved: str, folder: str) -> None:
         """The line at the end, and the same in the file.
 
@@ -107,6 +116,13 @@ class Recorder:
         if self._file is not None:
             self._file.write("end", {"reason": reason})
             self._file.close()
+
+
+def describe_evaluation(loss: float, sequences: int, seconds: float) -> str:
+    """As text; loss in nats a token."""
+    return (
+        f"loss {loss:.4f} (perplexity {math.exp(min(loss, 700.0)):.4g}) on {sequences} sequences in {duration(seconds)}"
+    )
 
 
 class WandbRun:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,10 +26,19 @@ from longctx.launch import Launch, Place, StartError
 from longctx.metrics import Meter, MetricsFile, peak_flops, peak_memory_bytes, step_work
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
-from longctx.preparation import DATA_TIMEOUT_S, about, choices, open_data, resumed, settle, weights_to_start_from
+from longctx.preparation import (
+    DATA_TIMEOUT_S,
+    about,
+    choices,
+    open_data,
+    open_eval_data,
+    resumed,
+    settle,
+    weights_to_start_from,
+)
 from longctx.process import seed_everything, set_cpu_threads, tell
 from longctx.progress import Progress, log_to
-from longctx.recorder import Recorder, WandbRun
+from longctx.recorder import Recorder, WandbRun, describe_evaluation
 from longctx.watchdog import Watchdog
 from longctx.weights import WeightsFolder
 
@@ -37,6 +47,8 @@ if TYPE_CHECKING:
     from longctx.engine import TrainEngine
 
 log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 # The process group's own timeout comes after the watchdog's, which knows more and says so.
 GROUP_TIMEOUT_MARGIN_S = 60.0
@@ -75,6 +87,22 @@ class Trainer:
             NonFiniteError: the loss or the gradient norm stopped being finite; the last checkpoint is intact.
             DistributedError: the processes do not agree, or did not come.
         """
+        self._run(self._train)
+        return self.state
+
+    def evaluate(self) -> float:
+        """The loss on `data.eval_path`, nats a token, of the newest checkpoint or of `train.init_from`; trains and writes nothing.
+
+        Every process of the run calls it.
+
+        Raises:
+            StartError: the input cannot be used, there is no such text, or nothing to evaluate.
+        """
+        self.config = replace(self.config, log=replace(self.config.log, wandb="off"))
+        return self._run(self._evaluate_only)
+
+    def _run(self, work: Callable[[ParallelPlan, torch.device, Watchdog], _Result]) -> _Result:
+        """`work` with an engine that stands where the run does; whatever happens, everything is left in order."""
         with self.launch.together("the configuration"):
             plan, device = settle(self.config, self.launch.place)
         reason = "failed"
@@ -82,7 +110,7 @@ class Trainer:
             with self._watch(plan) as watchdog:
                 self._prepare(plan, device, watchdog)
                 self._start_engine(plan, device, watchdog)
-                self._train(plan, device, watchdog)
+                result = work(plan, device, watchdog)
             reason = "done"
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
@@ -90,7 +118,7 @@ class Trainer:
         finally:
             self._close(reason)
         self.launch.finish()
-        return self.state
+        return result
 
     def _prepare(self, plan: ParallelPlan, device: torch.device, watchdog: Watchdog) -> None:
         """What the user's input decides, on every process together; touches no GPU."""
@@ -113,6 +141,7 @@ class Trainer:
                 self.init_from = weights_to_start_from(config)
         with launch.together("the data", timeout_s=DATA_TIMEOUT_S):
             self.dataset, self.loader = open_data(config, plan, self.rank, device)
+            self.eval_loader = open_eval_data(config, plan, self.rank, device)
         threads = set_cpu_threads(launch.place.world_size)
         with launch.together("wandb"):
             if self.rank == 0:
@@ -221,6 +250,11 @@ class Trainer:
                     memory=peak_memory_bytes(device),
                     telemetry=result.telemetry,
                 )
+            if self.eval_loader is not None and train.evaluates_after(self.state.step):
+                watchdog.mark(step, "evaluating")
+                evaluation = self._evaluation()
+                if recorder is not None:
+                    recorder.evaluated(step, *evaluation)
             if train.saves_after(self.state.step):
                 watchdog.mark(step, "saving a checkpoint")
                 self._save(saver, is_last=self.state.step == train.steps)
@@ -228,6 +262,30 @@ class Trainer:
         memory = _largest(peak_memory_bytes(device), device)
         if recorder is not None:
             recorder.summary(memory=memory, saved=str(saver.newest or "none"), folder=str(self.run_dir))
+
+    def _evaluate_only(self, plan: ParallelPlan, device: torch.device, watchdog: Watchdog) -> float:
+        with self.launch.together("what to evaluate"):
+            if self.eval_loader is None:
+                raise ConfigError("there is no text to evaluate on\n       set data.eval_path")
+            if self.resume_from is None and self.init_from is None:
+                raise CheckpointError(
+                    f"no checkpoint in {self.config.train.checkpoints}\n"
+                    "       give train.run_dir or train.resume of a run, or weights with train.init_from"
+                )
+        watchdog.mark(self.state.step, "evaluating")
+        evaluation = self._evaluation()
+        if self._progress is not None:
+            self._progress.say(f"eval      {describe_evaluation(*evaluation)}")
+        return evaluation[0]
+
+    def _evaluation(self) -> tuple[float, int, float]:
+        """The loss on the first sequences of the text that is not trained on, how many these are, and the seconds it took."""
+        loader, wanted = self.eval_loader, self.config.train.eval_sequences
+        assert loader is not None, "asked for where there is such text"
+        start, each = time.perf_counter(), loader.samples_per_step
+        steps = min(math.ceil(wanted / each), loader.num_samples // each)
+        loss = self.engine.evaluate(batch for n in range(steps) for batch in loader.step(n * each))
+        return loss, steps * each, time.perf_counter() - start
 
     def _save(self, saver: Saver, *, is_last: bool) -> None:
         """A disk that is full now may have room at the next checkpoint; after the last one there is none."""
