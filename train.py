@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node 8 train.py --config FILE --parallel.ring=8 --data.seq_len=128k
     deepspeed --num_gpus 8 train.py --config FILE
 
-`--dry-run` shows the settings, who would do what, and the first batch; `--evaluate` the loss of a checkpoint. `longctx train`
-does the same as this script, which is here to be read and changed.
+`--dry-run` shows the settings, who would do what, and the first batch. `longctx train` does the same as this script, which
+is here to be read and changed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ def main(launch: Launch) -> None:
         print_once(launch, TrainArguments.usage())
     elif arguments.dry_run:
         print_once(launch, dry_run(config, launch, world_size=arguments.world_size))
-    elif arguments.evaluate:
-        Trainer(config, launch).evaluate()
     else:
         # The configuration's plan says which process does what; the trainer makes it so.
         Trainer(config, launch).fit()

@@ -62,8 +62,6 @@ def train(argv: Sequence[str]) -> int:
             print_once(launch, TrainArguments.usage())
         elif arguments.dry_run:
             print_once(launch, dry_run(config, launch, world_size=arguments.world_size))
-        elif arguments.evaluate:
-            Trainer(config, launch).evaluate()
         else:
             Trainer(config, launch).fit()
 
@@ -84,7 +82,6 @@ class TrainArguments:
         config: the TOML file; None: every setting has its default.
         overrides: `--section.key=value`, for `load_config`.
         dry_run: say what would be trained, and stop.
-        evaluate: measure the loss on `data.eval_path`, and stop.
         world_size: with `dry_run`: for so many processes.
         help: show the usage, and stop.
     """
@@ -92,7 +89,6 @@ class TrainArguments:
     config: str | None
     overrides: tuple[str, ...]
     dry_run: bool
-    evaluate: bool
     world_size: int | None
     help: bool
 
@@ -111,17 +107,13 @@ class TrainArguments:
             hint = did_you_mean(name, flags)
             if word.startswith("--") and "." not in name and hint.startswith("did you mean"):
                 raise ConfigError(f"there is no flag {name}: {hint}")
-        if known.dry_run and known.evaluate:
-            raise ConfigError("--dry-run and --evaluate: one computes nothing, the other does; give one of them")
         if known.world_size is not None and not known.dry_run:
             raise ConfigError(
                 "--world-size pretends, so it goes with --dry-run only\n"
                 "       to train on several processes start them with torchrun --nproc-per-node N"
             )
         resume = () if known.resume is None else (f"--train.resume={known.resume}",)
-        return TrainArguments(
-            known.config, (*rest, *resume), known.dry_run, known.evaluate, known.world_size, known.help
-        )
+        return TrainArguments(known.config, (*rest, *resume), known.dry_run, known.world_size, known.help)
 
     @staticmethod
     def usage() -> str:
@@ -137,7 +129,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train.py",
-        usage="train.py [--config FILE] [--section.key=value ...] [--resume auto|never|PATH] [--dry-run | --evaluate]",
+        usage="train.py [--config FILE] [--section.key=value ...] [--resume auto|never|PATH] [--dry-run]",
         description="Train a transformer. Start it with python, torchrun or deepspeed.",
         epilog="Every setting can be given as --section.key=value, such as --data.seq_len=128k --parallel.ring=4; "
         "--dry-run prints all of them with their values.",
@@ -150,9 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print configuration, plan and first batch, train nothing"
-    )
-    parser.add_argument(
-        "--evaluate", action="store_true", help="print the loss of the checkpoint on data.eval_path, train nothing"
     )
     parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: as if on N processes")
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")

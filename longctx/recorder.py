@@ -83,7 +83,11 @@ class Recorder:
         if self._file is not None:
             self._file.write("eval", record)
         self.wandb.log(record)
-        self.progress.say(f"eval      {describe_evaluation(loss, sequences, seconds)} after step {step}")
+        perplexity = math.exp(min(loss, 700.0))
+        self.progress.say(
+            f"eval      loss {loss:.4f} (perplexity {perplexity:.4g}) after step {step}, on {sequences} sequences in "
+            f"{duration(seconds)}"
+        )
 
     def summary(self, *, memory: int, saved: str, folder: str) -> None:
         """The line at the end, and the same in the file.
@@ -116,13 +120,6 @@ class Recorder:
         if self._file is not None:
             self._file.write("end", {"reason": reason})
             self._file.close()
-
-
-def describe_evaluation(loss: float, sequences: int, seconds: float) -> str:
-    """As text; loss in nats a token."""
-    return (
-        f"loss {loss:.4f} (perplexity {math.exp(min(loss, 700.0)):.4g}) on {sequences} sequences in {duration(seconds)}"
-    )
 
 
 class WandbRun:

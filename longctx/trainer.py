@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ from longctx.preparation import (
 )
 from longctx.process import seed_everything, set_cpu_threads, tell
 from longctx.progress import Progress, log_to
-from longctx.recorder import Recorder, WandbRun, describe_evaluation
+from longctx.recorder import Recorder, WandbRun
 from longctx.watchdog import Watchdog
 from longctx.weights import WeightsFolder
 
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from longctx.engine import TrainEngine
 
 log = logging.getLogger(__name__)
-
-_Result = TypeVar("_Result")
 
 # The process group's own timeout comes after the watchdog's, which knows more and says so.
 GROUP_TIMEOUT_MARGIN_S = 60.0
@@ -87,22 +85,6 @@ class Trainer:
             NonFiniteError: the loss or the gradient norm stopped being finite; the last checkpoint is intact.
             DistributedError: the processes do not agree, or did not come.
         """
-        self._run(self._train)
-        return self.state
-
-    def evaluate(self) -> float:
-        """The loss on `data.eval_path`, nats a token, of the newest checkpoint or of `train.init_from`; trains and writes nothing.
-
-        Every process of the run calls it.
-
-        Raises:
-            StartError: the input cannot be used, there is no such text, or nothing to evaluate.
-        """
-        self.config = replace(self.config, log=replace(self.config.log, wandb="off"))
-        return self._run(self._evaluate_only)
-
-    def _run(self, work: Callable[[ParallelPlan, torch.device, Watchdog], _Result]) -> _Result:
-        """`work` with an engine that stands where the run does; whatever happens, everything is left in order."""
         with self.launch.together("the configuration"):
             plan, device = settle(self.config, self.launch.place)
         reason = "failed"
@@ -110,7 +92,7 @@ class Trainer:
             with self._watch(plan) as watchdog:
                 self._prepare(plan, device, watchdog)
                 self._start_engine(plan, device, watchdog)
-                result = work(plan, device, watchdog)
+                self._train(plan, device, watchdog)
             reason = "done"
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
@@ -118,7 +100,7 @@ class Trainer:
         finally:
             self._close(reason)
         self.launch.finish()
-        return result
+        return self.state
 
     def _prepare(self, plan: ParallelPlan, device: torch.device, watchdog: Watchdog) -> None:
         """What the user's input decides, on every process together; touches no GPU."""
@@ -262,21 +244,6 @@ class Trainer:
         memory = _largest(peak_memory_bytes(device), device)
         if recorder is not None:
             recorder.summary(memory=memory, saved=str(saver.newest or "none"), folder=str(self.run_dir))
-
-    def _evaluate_only(self, plan: ParallelPlan, device: torch.device, watchdog: Watchdog) -> float:
-        with self.launch.together("what to evaluate"):
-            if self.eval_loader is None:
-                raise ConfigError("there is no text to evaluate on\n       set data.eval_path")
-            if self.resume_from is None and self.init_from is None:
-                raise CheckpointError(
-                    f"no checkpoint in {self.config.train.checkpoints}\n"
-                    "       give train.run_dir or train.resume of a run, or weights with train.init_from"
-                )
-        watchdog.mark(self.state.step, "evaluating")
-        evaluation = self._evaluation()
-        if self._progress is not None:
-            self._progress.say(f"eval      {describe_evaluation(*evaluation)}")
-        return evaluation[0]
 
     def _evaluation(self) -> tuple[float, int, float]:
         """The loss on the first sequences of the text that is not trained on, how many these are, and the seconds it took."""

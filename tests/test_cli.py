@@ -89,7 +89,6 @@ def test_arguments():
         config="x.toml",
         overrides=("--data.seq_len", "128k", "--parallel.ring=4", "--train.resume=never"),
         dry_run=True,
-        evaluate=False,
         world_size=None,
         help=False,
     )
@@ -103,9 +102,8 @@ def test_arguments():
         (["--config"], "expected one argument"),
         (["--world-size=x", "--dry-run"], "invalid int value"),
         (["--world-size=2"], "goes with --dry-run only"),
-        (["--dry-run", "--evaluate"], "give one of them"),
     ],
-    ids=["flag", "flag-value", "no-value", "not-a-number", "alone", "both"],
+    ids=["flag", "flag-value", "no-value", "not-a-number", "alone"],
 )
 def test_wrong_flags(words, says):
     with pytest.raises(ConfigError, match=re.escape(says)):
