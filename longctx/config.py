@@ -91,6 +91,13 @@ class Config:
         found = [*self.model.problems(), *self.data.problems()]
         found += self.engine.problems(None if device == "auto" else device)
         found += [*self.optim.problems(), *self.train.problems(), *self.log.problems()]
+        if self.train.eval_every and self.data.eval_path is None:
+            found.append(
+                Problem(
+                    f"train.eval_every = {self.train.eval_every}, but there is no text to evaluate on",
+                    "set data.eval_path to text that is not trained on, or leave train.eval_every out",
+                )
+            )
         return [*found, *self.plan_problems(self.parallel, world_size, node_size), *self._vocab_problems()]
 
     def plan_problems(self, plan: ParallelPlan, world_size: int, node_size: int | None = None) -> list[Problem]:

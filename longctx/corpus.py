@@ -111,7 +111,7 @@ class Corpus:
                 ) from error
 
 
-def find_corpus(path: str | None, *, text_key: str = "text") -> Corpus:
+def find_corpus(path: str | None, *, text_key: str = "text", setting: str = "data.path") -> Corpus:
     """The corpus at `path`.
 
     Args:
@@ -119,6 +119,7 @@ def find_corpus(path: str | None, *, text_key: str = "text") -> Corpus:
             `__pycache__`, and without following links to folders; None: the source text of Python's standard library
             without its tests (10 to 15 MB, on every machine that runs this).
         text_key: see `Corpus`.
+        setting: the name that errors call `path` by.
 
     Raises:
         DataError: nothing there, no file there, or only files without a single byte.
@@ -128,7 +129,7 @@ def find_corpus(path: str | None, *, text_key: str = "text") -> Corpus:
         title = "Python's standard library"
         files = [
             f
-            for f in _walk(root, skip=_NOT_STDLIB)
+            for f in _walk(root, setting, skip=_NOT_STDLIB)
             if f.name.endswith(".py") and not f.name.startswith(_NOT_STDLIB_PREFIX)
         ]
         if not files:
@@ -136,44 +137,44 @@ def find_corpus(path: str | None, *, text_key: str = "text") -> Corpus:
     else:
         if not path.strip():
             raise DataError(
-                "data.path is an empty text\n"
+                f"{setting} is an empty text\n"
                 "       name a file or a folder, or leave it out for Python's standard library"
             )
         root = Path(path).expanduser()
         title = str(path)
         if root.is_dir():
-            files = _walk(root)
+            files = _walk(root, setting)
             if not files:
                 raise DataError(
-                    f"data.path = {path!r} is a folder without files\n"
+                    f"{setting} = {path!r} is a folder without files\n"
                     "       hidden files and __pycache__ are not read; put the text there, or name another path"
                 )
         else:
-            files = [_source_file(root, root.name, path)]
+            files = [_source_file(root, root.name, path, setting)]
     if not any(file.size for file in files):
-        raise DataError(f"data.path = {path!r} is empty: {len(files)} files, 0 bytes\n       name a path with text")
+        raise DataError(f"{setting} = {path!r} is empty: {len(files)} files, 0 bytes\n       name a path with text")
     return Corpus(title, tuple(files), text_key)
 
 
-def _source_file(path: Path, name: str, given: str) -> SourceFile:
+def _source_file(path: Path, name: str, given: str, setting: str) -> SourceFile:
     try:
         stat = path.stat()
     except FileNotFoundError as error:
-        hint = "name a file or a folder, or leave data.path out for Python's standard library"
+        hint = "name a file or a folder, or leave it out for Python's standard library"
         if path.parent.is_dir():
             siblings = sorted(os.listdir(path.parent))[:1000]
             guess = did_you_mean(path.name, siblings)
             if guess.startswith("did you mean"):
                 hint = f"in {path.parent.absolute()}: {guess}"
-        raise DataError(f"data.path = {given!r} does not exist\n       {hint}") from error
+        raise DataError(f"{setting} = {given!r} does not exist\n       {hint}") from error
     except OSError as error:
-        raise DataError(f"data.path = {given!r} cannot be read: {_reason(error)}") from error
+        raise DataError(f"{setting} = {given!r} cannot be read: {_reason(error)}") from error
     if not path.is_file():
-        raise DataError(f"data.path = {given!r} is neither a file nor a folder\n       name a file or a folder")
+        raise DataError(f"{setting} = {given!r} is neither a file nor a folder\n       name a file or a folder")
     return SourceFile(path, name, stat.st_size, stat.st_mtime_ns)
 
 
-def _walk(root: Path, skip: frozenset[str] = frozenset()) -> list[SourceFile]:
+def _walk(root: Path, setting: str, skip: frozenset[str] = frozenset()) -> list[SourceFile]:
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot list {error.filename}: {_reason(error)}\n       make the folder readable") from error
 
@@ -184,7 +185,7 @@ def _walk(root: Path, skip: frozenset[str] = frozenset()) -> list[SourceFile]:
             path = Path(folder, name)
             # is_file: a link that leads nowhere, a socket and a pipe are not text.
             if not name.startswith(".") and path.is_file():
-                found.append(_source_file(path, path.relative_to(root).as_posix(), str(path)))
+                found.append(_source_file(path, path.relative_to(root).as_posix(), str(path), setting))
     return sorted(found, key=lambda file: file.name)
 
 

@@ -46,6 +46,7 @@ class DataConfig:
 
     Args:
         path: a text file, a folder of them, .jsonl(.gz), .parquet; None: the source text of Python's standard library.
+        eval_path: text of the same kinds that is not trained on, for the loss on it; None: none is measured.
         tokenizer: "bytes" (257 ids), or the path of a tokenizer.json.
         text_key: where a .jsonl or .parquet record keeps its text.
         seq_len: tokens of one sequence, over all ranks.
@@ -57,6 +58,7 @@ class DataConfig:
     """
 
     path: str | None = None
+    eval_path: str | None = None
     tokenizer: str = "bytes"
     text_key: str = "text"
     seq_len: int = 4096
@@ -74,7 +76,10 @@ class DataConfig:
             )
         if not 0 <= self.seed < 1 << 64:
             found.append(Problem(f"data.seed = {self.seed} does not fit 64 bits", "use 0 or a positive number"))
-        for look in (lambda: find_corpus(self.path, text_key=self.text_key), lambda: load_tokenizer(self.tokenizer)):
+        looks = [lambda: find_corpus(self.path, text_key=self.text_key), lambda: load_tokenizer(self.tokenizer)]
+        if self.eval_path is not None:
+            looks.append(lambda: find_corpus(self.eval_path, text_key=self.text_key, setting="data.eval_path"))
+        for look in looks:
             try:
                 look()
             except DataError as error:

@@ -262,7 +262,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, first_step: int) -> None:
         self.path = path
-        kept = [line for line in _complete_lines(path) if line.get("kind") != "step" or line["step"] < first_step]
+        of_steps = ("step", "eval")
+        kept = [x for x in _complete_lines(path) if x.get("kind") not in of_steps or x["step"] < first_step]
         path.parent.mkdir(parents=True, exist_ok=True)
         # Renamed when complete: a kill in this moment must not cost the history.
         partial = path.with_suffix(".jsonl.partial")

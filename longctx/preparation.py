@@ -6,14 +6,14 @@ Everything here follows from the configuration, the files it names and the numbe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longctx.data import ShardedBatch, ShardedLoader, check_vocab, open_dataset
-from longctx.errors import ConfigError, Problem, format_problems
+from longctx.errors import ConfigError, DataError, Problem, format_problems
 from longctx.kernels import get_kernel
 from longctx.launch import Launch, Place, choose_device
 from longctx.parallel.plan import ParallelPlan
@@ -200,6 +200,7 @@ def _cpu_problems(config: Config, plan: ParallelPlan) -> list[Problem]:
 def open_data(
     config: Config, plan: ParallelPlan, rank: int, device: torch.device
 ) -> tuple[TokenDataset, ShardedLoader]:
+    """The text that is trained on, and this rank's batches of it."""
     dataset = open_dataset(config.data)
     problems = check_vocab(dataset, config.model.vocab_size)
     if problems:
@@ -226,6 +227,25 @@ def open_data(
         device=device,
     )
     return dataset, loader
+
+
+def open_eval_data(config: Config, plan: ParallelPlan, rank: int, device: torch.device) -> ShardedLoader | None:
+    """This rank's batches of the text that is evaluated on, in its own order; None: there is none.
+
+    Raises:
+        DataError: it has fewer sequences than one step takes.
+    """
+    if config.data.eval_path is None:
+        return None
+    data = replace(config.data, path=config.data.eval_path, shuffle=False)
+    _, loader = open_data(replace(config, data=data), plan, rank, device)
+    if loader.num_samples < loader.samples_per_step:
+        raise DataError(
+            f"data.eval_path = {data.path!r} has {loader.num_samples} sequences of {loader.seq_len:_} tokens, but the ranks read "
+            f"{loader.samples_per_step} at a time (dp x engine.micro_batch_size x engine.accumulation_steps)\n"
+            "       give more text, or a smaller step"
+        )
+    return loader
 
 
 def weights_to_start_from(config: Config) -> WeightsFolder | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -75,6 +76,18 @@ class Recorder:
         self.wandb.log(kept)
         left = (self.progress.total - done) * average.seconds if average is not None else None
         self.progress.show(record["step"], record["loss"], rates, memory=memory, eta_seconds=left)
+
+    def evaluated(self, step: int, loss: float, sequences: int, seconds: float) -> None:
+        """The loss on text that is not trained on, after `step` (from 0)."""
+        record = {"step": step, "eval_loss": loss, "eval_sequences": sequences, "eval_seconds": seconds}
+        if self._file is not None:
+            self._file.write("eval", record)
+        self.wandb.log(record)
+        perplexity = math.exp(min(loss, 700.0))
+        self.progress.say(
+            f"eval      loss {loss:.4f} (perplexity {perplexity:.4g}) after step {step}, on {sequences} sequences in "
+            f"{duration(seconds)}"
+        )
 
     def summary(self, *, memory: int, saved: str, folder: str) -> None:
         """The line at the end, and the same in the file.

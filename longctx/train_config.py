@@ -20,6 +20,8 @@ class TrainConfig:
             ones. A run that is resumed goes on from its checkpoint.
         run_dir: metrics, checkpoints and wandb's files go here; shared by all machines.
         save_every: steps between checkpoints, with one more at the end. 0: only that one; None: none at all, as for a measurement.
+        eval_every: steps between measurements of the loss on `data.eval_path`, with one more at the end. 0: only that one.
+        eval_sequences: how many of its sequences are read each time, the same ones; rounded up to whole steps' worth.
         keep: checkpoints that are kept.
         async_save: write checkpoints beside the training, from a copy in the host's memory: 12 bytes for each parameter of the
             model, over all processes together.
@@ -33,6 +35,8 @@ class TrainConfig:
     init_from: str | None = None
     run_dir: str = "runs/default"
     save_every: int | None = 0
+    eval_every: int = 0
+    eval_sequences: int = 16
     keep: int = 2
     async_save: bool = False
     resume: str = "auto"
@@ -42,7 +46,14 @@ class TrainConfig:
     def problems(self) -> list[Problem]:
         """What is wrong with these settings."""
         found = []
-        for name, least in (("steps", 1), ("save_every", 0), ("keep", 1), ("seed", 0)):
+        for name, least in (
+            ("steps", 1),
+            ("save_every", 0),
+            ("eval_every", 0),
+            ("eval_sequences", 1),
+            ("keep", 1),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 found.append(Problem(f"train.{name} = {value}: it must be {least} or more"))
@@ -75,3 +86,7 @@ class TrainConfig:
         if self.save_every is None:
             return False
         return steps == self.steps or (self.save_every > 0 and steps % self.save_every == 0)
+
+    def evaluates_after(self, steps: int) -> bool:
+        """Whether the loss on other text is measured after so many steps, where there is such text."""
+        return steps == self.steps or (self.eval_every > 0 and steps % self.eval_every == 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -25,7 +26,16 @@ from longctx.launch import Launch, Place, StartError
 from longctx.metrics import Meter, MetricsFile, peak_flops, peak_memory_bytes, step_work
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
-from longctx.preparation import DATA_TIMEOUT_S, about, choices, open_data, resumed, settle, weights_to_start_from
+from longctx.preparation import (
+    DATA_TIMEOUT_S,
+    about,
+    choices,
+    open_data,
+    open_eval_data,
+    resumed,
+    settle,
+    weights_to_start_from,
+)
 from longctx.process import seed_everything, set_cpu_threads, tell
 from longctx.progress import Progress, log_to
 from longctx.recorder import Recorder, WandbRun
@@ -113,6 +123,7 @@ class Trainer:
                 self.init_from = weights_to_start_from(config)
         with launch.together("the data", timeout_s=DATA_TIMEOUT_S):
             self.dataset, self.loader = open_data(config, plan, self.rank, device)
+            self.eval_loader = open_eval_data(config, plan, self.rank, device)
         threads = set_cpu_threads(launch.place.world_size)
         with launch.together("wandb"):
             if self.rank == 0:
@@ -221,6 +232,11 @@ class Trainer:
                     memory=peak_memory_bytes(device),
                     telemetry=result.telemetry,
                 )
+            if self.eval_loader is not None and train.evaluates_after(self.state.step):
+                watchdog.mark(step, "evaluating")
+                evaluation = self._evaluation()
+                if recorder is not None:
+                    recorder.evaluated(step, *evaluation)
             if train.saves_after(self.state.step):
                 watchdog.mark(step, "saving a checkpoint")
                 self._save(saver, is_last=self.state.step == train.steps)
@@ -228,6 +244,15 @@ class Trainer:
         memory = _largest(peak_memory_bytes(device), device)
         if recorder is not None:
             recorder.summary(memory=memory, saved=str(saver.newest or "none"), folder=str(self.run_dir))
+
+    def _evaluation(self) -> tuple[float, int, float]:
+        """The loss on the first sequences of the text that is not trained on, how many these are, and the seconds it took."""
+        loader, wanted = self.eval_loader, self.config.train.eval_sequences
+        assert loader is not None, "asked for where there is such text"
+        start, each = time.perf_counter(), loader.samples_per_step
+        steps = min(math.ceil(wanted / each), loader.num_samples // each)
+        loss = self.engine.evaluate(batch for n in range(steps) for batch in loader.step(n * each))
+        return loss, steps * each, time.perf_counter() - start
 
     def _save(self, saver: Saver, *, is_last: bool) -> None:
         """A disk that is full now may have room at the next checkpoint; after the last one there is none."""
