@@ -101,7 +101,8 @@ def prepare(argv: Sequence[str] | None = None) -> Prepared:
     problems = _problems(config, known.nproc, device)
     if problems:
         raise ConfigError(format_problems("this configuration", problems))
-    plan = config.parallel.resolve(known.nproc)
+    chosen, why_degrees = config.choose_plan()
+    plan = chosen.resolve(known.nproc)
     model, seq_len, cuts = cut_model(config, plan, device)
     engine, engine_cuts = cut_engine(config.engine, plan, device)
     filled = " (dp: what the other degrees leave)" if config.parallel.dp is None and known.nproc > 1 else ""
@@ -126,6 +127,7 @@ def prepare(argv: Sequence[str] | None = None) -> Prepared:
     reference = f"held against float64, and against the error of plain torch in {dtype}"
     lines = (
         f"plan      {plan}, layout {plan.layout}{filled}",
+        *([f"degrees   {why_degrees}"] if why_degrees else []),
         f"backend   {backend}: {why}",
         f"dtype     {dtype}{because}; {reference}",
         f"kept      {model.num_heads // model.kv_heads} query heads to a key head of {model.head_size}"
@@ -189,8 +191,10 @@ def _count(n: int, what: str) -> str:
 def _problems(config: Config, nproc: int, device: str) -> list[Problem]:
     """What the check needs of a configuration: all but text, logging and length of the run."""
     found = [*config.model.problems(), *config.engine.problems(device), *config.optim.problems()]
-    has_heads = not config.model.problems()
-    found += config.parallel.check(
+    has_heads, plan = not config.model.problems(), config.parallel
+    if plan.context is not None and not found and not plan.problems():
+        plan, _ = config.choose_plan()
+    found += plan.check(
         num_heads=config.model.num_heads if has_heads else 1,
         num_kv_heads=config.model.kv_heads if has_heads else 1,
         seq_len=config.data.seq_len,
@@ -198,9 +202,9 @@ def _problems(config: Config, nproc: int, device: str) -> list[Problem]:
         mlp_size=config.model.mlp_size if has_heads else None,
         vocab_size=config.model.vocab_size if has_heads else None,
     )
-    found += config.engine.plan_problems(config.parallel)
+    found += config.engine.plan_problems(plan)
     if not found:
-        config.parallel.resolve(nproc)
+        plan.resolve(nproc)
     return found
 
 

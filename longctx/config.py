@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import ConfigError, DataError, LongCtxError, PlanError, Problem, did_you_mean, format_problems
+from longctx.masks import Causal, SlidingWindow
 from longctx.parallel.nodes import node_problems
 from longctx.settings import (
     alternatives,
@@ -91,7 +92,13 @@ class Config:
         found += [*self.optim.problems(), *self.train.problems(), *self.log.problems()]
         # The plan's check asks about heads, too; where the model has said what is wrong with them, once is enough.
         has_heads = not self.model.problems()
-        found += self.parallel.check(
+        plan = self.parallel
+        if plan.context is not None and has_heads and not plan.problems():
+            try:
+                plan, _ = self.choose_plan(node_size)
+            except PlanError as error:
+                return found + _problems_of(error)
+        found += plan.check(
             num_heads=self.model.num_heads if has_heads else 1,
             num_kv_heads=self.model.kv_heads if has_heads else 1,
             seq_len=self.data.seq_len,
@@ -99,15 +106,37 @@ class Config:
             mlp_size=self.model.mlp_size if has_heads else None,
             vocab_size=self.model.vocab_size if has_heads else None,
         )
-        found += self.engine.plan_problems(self.parallel)
-        if not self.parallel.problems():
+        found += self.engine.plan_problems(plan)
+        if not plan.problems() and plan.context is None:
             try:
-                self.parallel.resolve(world_size)
+                plan.resolve(world_size)
             except PlanError as error:
                 found += _problems_of(error)
             if node_size is not None:
-                found += node_problems(self.parallel, node_size=node_size, world_size=world_size)
+                found += node_problems(plan, node_size=node_size, world_size=world_size)
         return found + self._vocab_problems()
+
+    def choose_plan(self, node_size: int | None = None) -> tuple[ParallelPlan, str]:
+        """`parallel` with the degrees chosen that `parallel.context` leaves open, and why; as it is and "" otherwise.
+
+        Args:
+            node_size: processes on each machine; None: all on one.
+
+        Raises:
+            PlanError: no degrees serve this model.
+        """
+        window = self.model.sliding_window
+        return self.parallel.choose_degrees(
+            num_heads=self.model.num_heads,
+            num_kv_heads=self.model.kv_heads,
+            head_dim=self.model.head_size,
+            seq_len=self.data.seq_len,
+            mask=Causal() if window is None else Causal() & SlidingWindow(window),
+            batch=self.engine.micro_batch_size,
+            # "auto" is bf16 on every GPU that these estimates are of.
+            itemsize=4 if self.engine.dtype == "fp32" else 2,
+            node_size=node_size,
+        )
 
     def _vocab_problems(self) -> list[Problem]:
         try:

@@ -220,7 +220,7 @@ class TrainEngine:
         mine = (p for p in self.ds.module.parameters() if not getattr(p, "ds_pipe_replicated", False))
         cut, whole = split_by_cut(mine)
         square = self._square_norm(cut)
-        self.mesh.tensor_exchange.all_reduce(square)
+        self.mesh.tensor_exchange.all_reduce(square, what="tp sum of the gradient norm")
         square += self._square_norm(whole)
         if self.mesh.pp.group is not None:
             dist.all_reduce(square, group=self.mesh.pp.group)

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal, Protocol, cast, overload
+from typing import Literal, overload
 
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from longctx.errors import ShapeError, format_problems
+from longctx.calls import agree, check_exchange, check_local, check_ring, over_ranks
+from longctx.errors import ShapeError
 from longctx.flash import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
 )
-from longctx.kernels import check_block, check_softcap, state_dtype
+from longctx.kernels import check_block, check_softcap
 from longctx.kernels.sinks import check_sinks
 from longctx.layout import SequenceLayout, SequenceMeta, get_layout
 from longctx.masks import AttentionMask, Causal
-from longctx.parallel.cost import Shape
+from longctx.parallel.chunks import keys_of_chunk
 from longctx.parallel.loss import linear_cross_entropy
 from longctx.parallel.mesh import ParallelMesh
-from longctx.parallel.plan import ulysses_problems
 from longctx.parallel.schedule import RingSchedule
-from longctx.parallel.strategy import ContextStrategy, get_strategy, resolve_strategy
-from longctx.parallel.ulysses import lse_to_sequence, to_heads, to_sequence
+from longctx.parallel.strategy import ContextStrategy, get_strategy
+from longctx.parallel.ulysses import exchanged_attention
 
 __all__ = [
     "attention",
@@ -133,49 +132,7 @@ def attention(
     )
 
 
-class AttentionOverRanks(Protocol):
-    """The signature of attention functions on shards: `return_lse` decides what comes back."""
-
-    @overload
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        meta: SequenceMeta,
-        mesh: ParallelMesh,
-        scale: float | None = ...,
-        softcap: float = ...,
-        sinks: Tensor | None = ...,
-        kernel: str = ...,
-        strategy: str | ContextStrategy | None = ...,
-        return_lse: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        meta: SequenceMeta,
-        mesh: ParallelMesh,
-        scale: float | None = ...,
-        softcap: float = ...,
-        sinks: Tensor | None = ...,
-        kernel: str = ...,
-        strategy: str | ContextStrategy | None = ...,
-        return_lse: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-def _over_ranks(function: Callable[..., Tensor | tuple[Tensor, Tensor]]) -> AttentionOverRanks:
-    return cast(AttentionOverRanks, _disable_dynamo(function))
-
-
-@_over_ranks
+@over_ranks
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -217,66 +174,14 @@ def ring_attention(
 
     Source: Liu et al. 2023 (arXiv 2310.01889).
     """
-    _check_ring(meta, mesh)
+    check_ring(meta, mesh)
     if meta.ulysses_world != 1:
         raise ShapeError(
             f"{mesh.prefix} meta is of a part of a ring shard, cut over {meta.ulysses_world} Ulysses ranks\n"
             "       use context_parallel_attention, which puts the ring shard together first"
         )
-    chosen = _agree(q, k, v, meta, mesh, strategy, kernel, softcap)
+    chosen = agree(q, k, v, meta, mesh, strategy, kernel, softcap).strategy
     return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, chosen, return_lse)
-
-
-def _agree(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    meta: SequenceMeta,
-    mesh: ParallelMesh,
-    strategy: str | ContextStrategy | None,
-    kernel: str,
-    softcap: float,
-) -> ContextStrategy:
-    """The strategy for the ring, and before the first message whether the ranks that share the sequence will send the same.
-
-    Args:
-        q, k, v: this rank's, before heads are exchanged.
-    """
-    axes = check_block(q, k, v)
-    _check_local(axes, meta.padded_mask, meta.ring_world * meta.ulysses_world, meta.padded_len)
-    schedule = RingSchedule.build(meta.padded_mask, meta.layout, meta.ring_rank, meta.ring_world, meta.padded_len)
-    ulysses, wire = meta.ulysses_world, mesh.exchange.grad_dtype or state_dtype(k.dtype)
-    # What the ring gets once heads are exchanged; fewer key heads than ranks are repeated.
-    shape = Shape(
-        batch=axes["b"],
-        local_len=axes["sq"] * ulysses,
-        num_heads=axes["h"] // ulysses,
-        num_kv_heads=max(axes["hk"], ulysses) // ulysses,
-        head_dim=axes["d"],
-        itemsize=k.element_size(),
-        grad_itemsize=wire.itemsize,
-    )
-    chosen = resolve_strategy(
-        mesh.plan.strategy if strategy is None else strategy,
-        schedule,
-        shape,
-        q,
-        kernel=kernel,
-        softcap=check_softcap(softcap),
-        in_one_node=mesh.ring_in_one_node,
-    )
-    if mesh.sp.size > 1:
-        mesh.agreement.check(schedule, q, k, extra=str(chosen))
-    return chosen
-
-
-def _check_ring(meta: SequenceMeta, mesh: ParallelMesh) -> None:
-    if (meta.ring_rank, meta.ring_world) != (mesh.ring.rank, mesh.ring.size):
-        raise ShapeError(
-            f"{mesh.prefix} meta is of ring rank {meta.ring_rank} of {meta.ring_world}, but this process is ring rank "
-            f"{mesh.ring.rank} of {mesh.ring.size}\n"
-            "       make it with SequenceMeta.of(..., ring_rank=mesh.ring.rank, ring_world=mesh.ring.size)"
-        )
 
 
 def _over_ring(
@@ -312,7 +217,7 @@ def _over_ring(
     )
 
 
-@_over_ranks
+@over_ranks
 def ulysses_attention(
     q: Tensor,
     k: Tensor,
@@ -330,9 +235,10 @@ def ulysses_attention(
     """Attention over `mesh.ulysses`, around that over `mesh.ring`: the rows of `attention` that the rank holds.
 
     The ranks of `mesh.ulysses` exchange their tokens of all heads for all tokens of their heads, attend as
-    `ring_attention` does on the ring shard that they so get, and exchange the result back. Collective over both axes,
-    backward too. One message of q, k and v and one of out, each way; `longctx.parallel.schedule.ulysses_comm_bytes` counts
-    them. Memory while it runs: q, k, v and out once more.
+    `ring_attention` does on the ring shard that they so get, and exchange the result back: in chunks of their heads, so that
+    attention with one hides the messages of its neighbours (`longctx.parallel.ulysses`); how many is what is estimated to be
+    fastest, or `ParallelPlan.ulysses_chunks`. Collective over both axes, backward too.
+    `longctx.parallel.schedule.ulysses_comm_bytes` counts the messages. Memory while it runs: q, k, v and out once more.
 
     Args:
         q: "b s h d", this rank's shard, in the order of `meta.positions`; s = meta.local_len, padding included. h is a
@@ -356,32 +262,39 @@ def ulysses_attention(
 
     Source: Jacobs et al. 2023 (arXiv 2309.14509); around a ring, Fang and Zhao 2024 (arXiv 2405.07719).
     """
-    _check_ring(meta, mesh)
-    if (meta.ulysses_rank, meta.ulysses_world) != (mesh.ulysses.rank, mesh.ulysses.size):
-        raise ShapeError(
-            f"{mesh.prefix} meta is of ulysses rank {meta.ulysses_rank} of {meta.ulysses_world}, but this process is "
-            f"ulysses rank {mesh.ulysses.rank} of {mesh.ulysses.size}\n"
-            "       make it with SequenceMeta.of(..., ulysses_rank=mesh.ulysses.rank, ulysses_world=mesh.ulysses.size)"
-        )
-    world, exchange = mesh.ulysses.size, mesh.head_handle
-    axes = check_block(q, k, v)
+    check_ring(meta, mesh)
+    axes, world = check_block(q, k, v), mesh.ulysses.size
     # All that can be wrong is said before the first message, with the numbers that the caller knows.
-    _check_local(axes, meta.padded_mask, meta.ring_world * world, meta.padded_len)
-    if problems := ulysses_problems(axes["h"], axes["hk"], ulysses=world, ring=meta.ring_world):
-        raise ShapeError(format_problems(f"the heads of q {list(q.shape)} and k {list(k.shape)}", problems))
+    check_exchange(axes, q, k, meta, mesh)
+    softcap = check_softcap(softcap)
     if sinks is not None:
         check_sinks(sinks, q)
         # Rank j attends with the j-th share of the heads.
         sinks = sinks.unflatten(0, (world, -1))[mesh.ulysses.rank]
-    chosen = _agree(q, k, v, meta, mesh, strategy, kernel, softcap)
-    q, k, v = to_heads(q, k, v, world=world, exchange=exchange)
-    result = _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, chosen, return_lse)
-    out, lse = result if isinstance(result, tuple) else (result, None)
-    out = to_sequence(out, world=world, exchange=exchange)
-    return out if lse is None else (out, lse_to_sequence(lse, world=world, exchange=exchange))
+    chosen, chunks = agree(q, k, v, meta, mesh, strategy, kernel, softcap)
+    if world == 1:
+        return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, chosen, return_lse)
+    schedule = _schedule(meta.padded_mask, meta.layout, meta.ring_rank, meta.ring_world, meta.padded_len)
+    out, lse = exchanged_attention(
+        q,
+        k,
+        v,
+        plan=chosen.plan(schedule, keys_of_chunk(axes["hk"], world, chunks)),
+        scheme=chosen.name,
+        kernel=kernel,
+        scale=_scale(scale, q),
+        ring=mesh.ring_handle,
+        heads=mesh.head_handle,
+        world=world,
+        chunks=chunks,
+        softcap=softcap,
+        sinks=sinks,
+        with_lse=return_lse,
+    )
+    return (out, lse) if return_lse else out
 
 
-@_over_ranks
+@over_ranks
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -425,35 +338,27 @@ def _attend(
     strategy: ContextStrategy,
 ) -> Tensor | tuple[Tensor, Tensor]:
     axes = check_block(q, k, v)
-    _check_local(axes, mask, world, seq_len)
+    check_local(axes, mask, world, seq_len)
     softcap = check_softcap(softcap)
     if sinks is not None:
         check_sinks(sinks, q)
     schedule = _schedule(mask, layout, rank, world, seq_len)
-    scale = 1 / math.sqrt(axes["d"]) if scale is None else float(scale)
     out, lse = strategy.attend(
-        q, k, v, schedule=schedule, exchange=exchange, kernel=kernel, scale=scale, softcap=softcap, sinks=sinks
+        q,
+        k,
+        v,
+        schedule=schedule,
+        exchange=exchange,
+        kernel=kernel,
+        scale=_scale(scale, q),
+        softcap=softcap,
+        sinks=sinks,
     )
     return (out, lse) if return_lse else out
 
 
-def _check_local(axes: dict[str, int], mask: AttentionMask, world: int, seq_len: int) -> None:
-    if not isinstance(mask, AttentionMask):
-        raise ShapeError(f"mask is a {type(mask).__name__}: it must come from longctx.masks, such as Causal()")
-    if 0 in axes.values():
-        raise ShapeError(f"nothing to attend to: {', '.join(f'{name} = {size}' for name, size in axes.items())}")
-    if axes["sq"] != axes["sk"]:
-        raise ShapeError(f"q has {axes['sq']} positions but k and v have {axes['sk']}; both are shards of one sequence")
-    if axes["sq"] * world != seq_len:
-        raise ShapeError(
-            f"q, k and v hold {axes['sq']:_} positions each, but a rank's share of {seq_len:_} over a ring of {world} is "
-            f"{seq_len // world:_}: the meta is of another sequence, or these are not shards of it"
-        )
-    if mask.batch is not None and mask.batch != axes["b"]:
-        raise ShapeError(
-            f"the mask distinguishes {mask.batch} sequences, but the batch of q, k and v has {axes['b']}: "
-            "give one list of boundaries for each sequence, or one for all"
-        )
+def _scale(scale: float | None, q: Tensor) -> float:
+    return 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
 
 
 def _schedule(mask: AttentionMask, layout: SequenceLayout, rank: int, world: int, seq_len: int) -> RingSchedule:

@@ -55,6 +55,7 @@ def dry_run(config: Config, launch: Launch, *, world_size: int | None = None) ->
         config.dump().rstrip(),
         "",
         f"plan      {plan.describe(config.data.seq_len, stages)}",
+        *_degrees_lines(config, place),
         f"data      {dataset.describe()}",
         f"step      {_step_line(config, plan, loader)}",
         *(f"batch {i}   {_batch_line(batch)}" for i, batch in enumerate(loader.step(0))),
@@ -91,6 +92,7 @@ def choices(
     local = place.local_world_size or plan.world_size
     nodes = f", {local} on each machine" if local < plan.world_size else ""
     yield f"plan      {plan} on {plan.world_size} process{'es' * (plan.world_size > 1)}{nodes}{ring}{filled}"
+    yield from _degrees_lines(config, place)
     if plan.pp > 1:
         counts = [len(layers) for layers in config.model.stages(plan.num_stages, config.data.seq_len)]
         micro_batches = config.engine.accumulation_steps
@@ -151,7 +153,8 @@ def settle(config: Config, place: Place) -> tuple[ParallelPlan, torch.device]:
     problems = config.engine.problems(device.type)
     if problems:
         raise ConfigError(format_problems(f"this configuration on {device.type}", problems))
-    return config.parallel.resolve(place.world_size), device
+    plan, _ = config.choose_plan(place.local_world_size)
+    return plan.resolve(place.world_size), device
 
 
 def open_data(
@@ -209,6 +212,12 @@ def about(config: Config, plan: ParallelPlan, device: torch.device) -> dict[str,
         "deepspeed": version("deepspeed"),
         "longctx": version("longctx"),
     }
+
+
+def _degrees_lines(config: Config, place: Place) -> Iterator[str]:
+    _, why = config.choose_plan(place.local_world_size)
+    if why:
+        yield f"degrees   {why}"
 
 
 def _weights_lines(config: Config, init_from: WeightsFolder | None) -> Iterator[str]:

@@ -17,6 +17,8 @@ PACKAGE = Path(longctx.__file__).parent
 ROOT = PACKAGE.parent
 
 PURE = (
+    "parallel.degrees",
+    "parallel.placement",
     "parallel.plan",
     "parallel.schedule",
     "parallel.slices",
@@ -34,11 +36,19 @@ LAYERS = (
     ("L2 pure", PURE),
     (
         "L2 messages",
-        ("parallel.journal", "parallel.agreement", "parallel.exchange", "parallel.transport", "parallel.mesh"),
+        (
+            "parallel.journal",
+            "parallel.agreement",
+            "parallel.exchange",
+            "parallel.head_exchange",
+            "parallel.tensor_exchange",
+            "parallel.transport",
+            "parallel.mesh",
+        ),
     ),
     ("L2", ("parallel.ring", "parallel.operator", "parallel.direct", "parallel.routes", "parallel.gather")),
-    ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.tensor", "parallel.loss")),
-    ("L3", ("flash", "functional")),
+    ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.chunks", "parallel.tensor", "parallel.loss")),
+    ("L3", ("calls", "flash", "functional")),
     ("L4", ("attention", "rope", "initial", "model")),
     (
         "L5 text and numbers",

@@ -12,9 +12,9 @@ from train_cases import SEQ_LEN, full_step
 
 from longctx.engine import EngineConfig, TrainEngine, build_engine
 from longctx.model import Transformer
-from longctx.parallel.exchange import TensorExchange
 from longctx.parallel.slices import parameter_slices
 from longctx.parallel.tensor import TensorParallel
+from longctx.parallel.tensor_exchange import TensorExchange
 from longctx.parity import shard_step
 from longctx.testing import run_distributed
 

@@ -146,6 +146,30 @@ def estimates(
     return found
 
 
+def exchange_estimate(
+    shape: Shape, hops: tuple[HopShares, ...], rates: Rates, *, ulysses: int, chunks: int, in_one_node: bool
+) -> Estimate:
+    """What exchanging heads adds to attention with them: of its messages what nothing hides, and the calls of kernels that
+    chunks cost.
+
+    Args:
+        shape: of attention with the heads of one rank, all of its tokens.
+        hops: `hop_shares` of the ring inside.
+        rates: of the kernels that the ring inside runs.
+        ulysses: ranks that exchange; chunks: of a rank's heads.
+    """
+    speed = NODE_BYTES if in_one_node else NETWORK_BYTES
+    away = shape.batch * shape.local_len * shape.head_dim * shape.itemsize * (ulysses - 1) / ulysses / chunks
+    outputs = MESSAGE_S + away * shape.num_heads / speed
+    inputs = MESSAGE_S + away * (shape.num_heads + 2 * shape.num_kv_heads) / speed
+    forward = _products(shape) * sum(hop.area for hop in hops) / rates.forward / chunks
+    backward = BACKWARD * forward * rates.forward / rates.backward
+    # The first message in and the last one out; of the others what takes longer than attention with one chunk.
+    hidden = sum(max(0.0, inputs + outputs - work) for work in (forward, backward))
+    exposed = 2 * (inputs + outputs) + (chunks - 1) * hidden
+    return Estimate(exposed + 2 * (chunks - 1) * len(hops) * LAUNCH_S, exposed)
+
+
 def _products(shape: Shape) -> int:
     """FLOPs of a forward pass in which every local query sees as many keys as the rank holds."""
     return 4 * shape.batch * shape.num_heads * shape.head_dim * shape.local_len**2

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longctx.kernels import SoftmaxState, row_delta, select_kernel, state_dtype
-from longctx.kernels.sinks import add_sinks, sink_gradient
+from longctx.kernels import SoftmaxState, select_kernel, state_dtype
+from longctx.kernels.sinks import add_sinks
 from longctx.parallel.exchange import RingExchange, Trade
 from longctx.parallel.moves import Move, Span, unpack_moves
 from longctx.parallel.operator import attention_operators
-from longctx.parallel.ring import backward_kernel, cached_hops
+from longctx.parallel.ring import backward_kernel, begin_backward, cached_hops
 
 Pair = tuple[Tensor, Tensor]
 
@@ -91,13 +91,7 @@ def _backward(
     """dq, dk, dv like q, k, v, contiguous; dsinks [h] of the local rows, empty without sinks."""
     todo, routes = cached_hops(hops, rows), unpack_moves(moves)
     kernels = [None if kr.kind == "empty" else backward_kernel(kernel, q, kr, softcap, dlse) for _, kr in todo]
-    dout = dout.contiguous()
-    delta = row_delta(out, dout)
-    if dlse is not None:
-        # d lse / d score = p, and the scores' gradient is p * (dp - delta).
-        delta = delta - dlse.to(delta.dtype)
-    dsinks = q.new_empty(0) if sinks is None else sink_gradient(sinks, lse, delta)
-    dq = torch.zeros(q.shape, dtype=state_dtype(q.dtype), device=q.device)
+    dout, delta, dq, dsinks = begin_backward(q, dout, dlse, out, lse, sinks)
     home = _Home(k)
     block, riding = held, None
 
@@ -229,4 +223,4 @@ class _Home:
         return result
 
 
-DIRECT_ATTENTION = attention_operators("direct_attention", _forward, _backward, _held_shape, _num_keys)
+DIRECT_ATTENTION = attention_operators("direct", _forward, _backward, _held_shape, _num_keys)

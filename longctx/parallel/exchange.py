@@ -1,8 +1,8 @@
 """The messages of a ring: each rank hands a tensor to the rank `shift` further and gets one from the rank `shift` behind.
-And those of Ulysses, in which every rank hands each of the others a piece.
 
-A message of a ring is posted before the compute that hides it and waited for after. All ranks post the same messages in the same
-order; the schedule, which is equal on every rank, fixes both.
+A message is posted before the compute that hides it and waited for after. All ranks post the same messages in the same
+order; the schedule, which is equal on every rank, fixes both. `head_exchange` and `tensor_exchange` hold the messages of the
+other axes; all of them are found by the handles that are given out here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,10 +22,11 @@ from longctx.parallel.journal import Journal
 
 # The only registry of live objects in this package. A custom op takes tensors, numbers and strings, so it names its
 # exchange by a handle. Entries go with their meshes.
-_EXCHANGES: WeakValueDictionary[str, RingExchange | HeadExchange | TensorExchange] = WeakValueDictionary()
+_EXCHANGES: WeakValueDictionary[str, Any] = WeakValueDictionary()
 _handles = itertools.count()
 # Between the name of an exchange and the layer that uses it.
 _AT = "@"
+_Exchange = TypeVar("_Exchange")
 
 
 class Link(Protocol):
@@ -148,8 +149,7 @@ class RingExchange:
         self.bytes_sent = 0
         self.handle = ""
         if link is not None or journal is not None:
-            self.handle = f"ring{next(_handles)}"
-            _EXCHANGES[self.handle] = self
+            self.handle = register(self, "ring")
 
     def rotate(
         self, tensor: torch.Tensor, shift: int, *, purpose: str, what: str, into: torch.Tensor | None = None
@@ -274,215 +274,34 @@ def get_exchange(handle: str) -> RingExchange:
     """
     if not handle:
         return RingExchange(None)
-    exchange = _enter(handle, "ring")
-    assert isinstance(exchange, RingExchange), f"{handle} is no ring"
+    exchange, layer = find(handle, RingExchange)
+    exchange.journal.enter(layer)
     return exchange
 
 
-class HeadExchange:
-    """The all-to-all of the ranks that exchange their parts of a sequence for parts of the heads.
-
-    Args:
-        group: of the ranks, in Ulysses order; None for one rank alone.
-        prefix: how this rank's messages to the user begin.
-        journal: where its messages are noted; None: one of its own.
-
-    Attributes:
-        handle: names this exchange in a custom op's arguments; empty for one rank.
-        bytes_sent: payload of all messages to others so far.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None, *, prefix: str = "", journal: Journal | None = None) -> None:
-        self._group = group
-        self.journal = Journal() if journal is None else journal
-        self._prefix = prefix
-        self.rank = dist.get_rank(group) if group is not None else 0
-        self.world = dist.get_world_size(group) if group is not None else 1
-        self._peers = tuple(dist.get_process_group_ranks(group)) if group is not None else (0,)
-        self.bytes_sent = 0
-        self.handle = ""
-        if group is not None:
-            self.handle = f"ulysses{next(_handles)}"
-            _EXCHANGES[self.handle] = self
-
-    def all_to_all(self, message: torch.Tensor, *, what: str) -> torch.Tensor:
-        """Hand `message[j]` to rank j, for all j.
-
-        Args:
-            message: [world, ...], contiguous, of one shape and dtype on all ranks.
-            what: names the message in errors and reports.
-
-        Returns:
-            A new tensor of that shape: `[i]` came from rank i.
-
-        Raises:
-            DistributedError: a rank died, or did not answer in time.
-        """
-        assert message.shape[0] == self.world, f"{message.shape[0]} pieces for {self.world} ranks"
-        assert message.is_contiguous(), "messages are contiguous"
-        if self._group is None:
-            return message.clone()
-        received = torch.empty_like(message)
-        num_bytes = message.numel() * message.element_size() // self.world * (self.world - 1)
-        note = self.journal.post(what, to=self._peers, source=self._peers, num_bytes=num_bytes)
-        try:
-            # As bytes: gloo does not know every dtype.
-            self.journal.wait(
-                note, lambda: dist.all_to_all_single(_as_bytes(received), _as_bytes(message), group=self._group)
-            )
-        except RuntimeError as error:
-            layer = "" if note.layer is None else f"layer {note.layer}, "
-            raise DistributedError(
-                f"{self._prefix} {layer}{what}: all-to-all among the ranks {list(self._peers)} failed: {error}\n"
-                "       one of them died, hangs, or is at another place of the program: look for the first error among "
-                "all ranks"
-            ) from error
-        self.bytes_sent += num_bytes
-        return received
-
-    def warm_up(self, device: torch.device) -> None:
-        """Exchange one number with everyone, so that connections are made now, in the same order on all ranks."""
-        if self._group is None:
-            return
-        heard = self.all_to_all(torch.full((self.world, 1), float(self.rank), device=device), what="first contact")
-        if heard.flatten().tolist() != list(range(self.world)):
-            raise DistributedError(f"{self._prefix} first contact: heard the Ulysses ranks {heard.flatten().tolist()}")
-        self.bytes_sent = 0
+def register(exchange: object, kind: str) -> str:
+    """A new handle for `exchange`, by which `find` knows it as long as it lives."""
+    handle = f"{kind}{next(_handles)}"
+    _EXCHANGES[handle] = exchange
+    return handle
 
 
-def get_head_exchange(handle: str) -> HeadExchange:
-    """The exchange of that handle, for one operation, which its journal notes; an empty handle is one rank alone.
-
-    Args:
-        handle: `HeadExchange.handle`, also as `at_layer` makes it.
+def find(handle: str, cls: type[_Exchange]) -> tuple[_Exchange, int | None]:
+    """The exchange of that handle, which is a `cls`, and the layer that `at_layer` put into it.
 
     Raises:
         DistributedError: its mesh is gone.
     """
-    if not handle:
-        return HeadExchange(None)
-    exchange = _enter(handle, "Ulysses")
-    assert isinstance(exchange, HeadExchange), f"{handle} is no exchange of heads"
-    return exchange
-
-
-class TensorExchange:
-    """Sums and maxima over the ranks that share matrices.
-
-    Args:
-        group: of the ranks, in tp order; None for one rank alone.
-        prefix: how this rank's messages to the user begin.
-
-    Attributes:
-        handle: names this exchange in a custom op's arguments; empty for one rank.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None, *, prefix: str = "") -> None:
-        self._group = group
-        self._prefix = prefix
-        self.rank = dist.get_rank(group) if group is not None else 0
-        self.world = dist.get_world_size(group) if group is not None else 1
-        self.handle = ""
-        if group is not None:
-            self.handle = f"tensor{next(_handles)}"
-            _EXCHANGES[self.handle] = self
-
-    def all_reduce(self, x: torch.Tensor, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
-        """Replace x, contiguous and of one shape and dtype on all ranks, by the sum (or maximum) of every rank's; returns it.
-
-        Raises:
-            DistributedError: a rank died, or did not answer in time.
-        """
-        if self._group is not None:
-            try:
-                dist.all_reduce(x, op=op, group=self._group)
-            except RuntimeError as error:
-                raise self._failed(error) from error
-        return x
-
-    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's x, of one shape and dtype on all, in rank order.
-
-        Raises:
-            DistributedError: as `all_reduce`.
-        """
-        if self._group is None:
-            return [x]
-        gathered = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world)]
-        try:
-            dist.all_gather(gathered, x.contiguous(), group=self._group)
-        except RuntimeError as error:
-            raise self._failed(error) from error
-        return gathered
-
-    def reduce_scatter(self, pieces: list[torch.Tensor]) -> torch.Tensor:
-        """The sum of every rank's `pieces[rank]`: a new tensor. `pieces`: one for each rank, contiguous, of one shape and dtype.
-
-        Raises:
-            DistributedError: as `all_reduce`.
-        """
-        if self._group is None:
-            return pieces[0].clone()
-        out = torch.empty_like(pieces[0])
-        try:
-            dist.reduce_scatter(out, pieces, group=self._group)
-        except RuntimeError as error:
-            raise self._failed(error) from error
-        return out
-
-    def warm_up(self, device: torch.device) -> None:
-        """Add up one number of everyone, so that connections are made now, in the same order on all ranks."""
-        if self._group is None:
-            return
-        heard = float(self.all_reduce(torch.full((1,), float(self.rank), device=device)))
-        if heard != self.world * (self.world - 1) / 2:
-            raise DistributedError(f"{self._prefix} first contact: the tp ranks add up to {heard:g}")
-
-    def _failed(self, error: Exception) -> DistributedError:
-        assert self._group is not None, "one rank alone sends nothing"
-        return DistributedError(
-            f"{self._prefix} a sum over the tp ranks {dist.get_process_group_ranks(self._group)} failed: {error}\n"
-            "       one of them died, hangs, or is at another place of the program: look for the first error among "
-            "all ranks"
-        )
-
-
-def get_tensor_exchange(handle: str) -> TensorExchange:
-    """The exchange of that handle; an empty handle is one rank alone.
-
-    Raises:
-        DistributedError: its mesh is gone.
-    """
-    if not handle:
-        return TensorExchange(None)
-    exchange = _EXCHANGES.get(handle)
+    name, _, layer = handle.partition(_AT)
+    exchange = _EXCHANGES.get(name)
     if exchange is None:
-        raise _mesh_is_gone("tensor", handle)
-    assert isinstance(exchange, TensorExchange), f"{handle} is no exchange of tensor parallelism"
-    return exchange
+        raise DistributedError(
+            f"the mesh of {cls.__name__} {name!r} is gone: keep the ParallelMesh alive until the backward pass is done"
+        )
+    assert isinstance(exchange, cls), f"{name} is no {cls.__name__}"
+    return exchange, int(layer) if layer else None
 
 
 def at_layer(handle: str, layer: int | None) -> str:
     """A handle that says which layer of a model uses it: reports name it, in forward and in backward."""
     return handle if layer is None or not handle else f"{handle}{_AT}{layer}"
-
-
-def _enter(handle: str, kind: str) -> RingExchange | HeadExchange:
-    """The exchange, whose next operation begins."""
-    name, _, layer = handle.partition(_AT)
-    exchange = _EXCHANGES.get(name)
-    if exchange is None:
-        raise _mesh_is_gone(kind, name)
-    assert not isinstance(exchange, TensorExchange), f"{name} is no exchange of attention"
-    exchange.journal.enter(int(layer) if layer else None)
-    return exchange
-
-
-def _as_bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.view(-1).view(torch.uint8)
-
-
-def _mesh_is_gone(kind: str, handle: str) -> DistributedError:
-    return DistributedError(
-        f"the mesh of {kind} exchange {handle!r} is gone: keep the ParallelMesh alive until the backward pass is done"
-    )

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from longctx.kernels import SoftmaxState, row_delta, select_kernel, state_dtype
-from longctx.kernels.sinks import add_sinks, sink_gradient
+from longctx.kernels import SoftmaxState, select_kernel
+from longctx.kernels.sinks import add_sinks
 from longctx.parallel.exchange import RingExchange, Trade
 from longctx.parallel.moves import Move
 from longctx.parallel.operator import attention_operators
-from longctx.parallel.ring import backward_kernel, cached_hops
+from longctx.parallel.ring import backward_kernel, begin_backward, cached_hops
 from longctx.parallel.routes import Route, unpack_routes
 
 
@@ -92,13 +92,7 @@ def _backward(
     """dq, dk, dv like q, k, v, contiguous; dsinks [h] of the local rows, empty without sinks."""
     ((_, key_range),) = cached_hops(hops, rows)
     chosen = None if key_range.kind == "empty" else backward_kernel(kernel, q, key_range, softcap, dlse)
-    dout = dout.contiguous()
-    delta = row_delta(out, dout)
-    if dlse is not None:
-        # d lse / d score = p, and the scores' gradient is p * (dp - delta).
-        delta = delta - dlse.to(delta.dtype)
-    dsinks = q.new_empty(0) if sinks is None else sink_gradient(sinks, lse, delta)
-    dq = torch.zeros(q.shape, dtype=state_dtype(q.dtype), device=q.device)
+    dout, delta, dq, dsinks = begin_backward(q, dout, dlse, out, lse, sinks)
     gathering = _Gathering(ring, k, v, moves, pieces, order, size)
     homecoming: _Homecoming | None = None
     for group, block in enumerate(gathering.blocks("backward")):
@@ -235,4 +229,4 @@ def _num_keys(moves: Sequence[Move]) -> list[int]:
     return [sum(move.receive.size for move in moves)]
 
 
-GATHER_ATTENTION = attention_operators("gather_attention", _forward, _backward, _held_shape, _num_keys)
+GATHER_ATTENTION = attention_operators("gather", _forward, _backward, _held_shape, _num_keys)

@@ -40,6 +40,7 @@ class Message:
         layer: of the model; None where nobody named it.
         what: direction, kind and hop, such as "forward, K/V for hop 1".
         to, source: the global ranks at its two ends; the same ones where all exchange with all.
+        is_counted: whether it is part of an `Account`.
     """
 
     number: int
@@ -49,6 +50,7 @@ class Message:
     what: str
     to: tuple[int, ...]
     source: tuple[int, ...]
+    is_counted: bool = True
     waiting_since: float | None = None
     has_arrived: bool = False
     # On a GPU: the compute stream came to the wait, and went on from it.
@@ -160,38 +162,57 @@ class Journal:
         self._index = 0
         self._is_over = False
 
-    def post(self, what: str, *, to: tuple[int, ...], source: tuple[int, ...], num_bytes: int) -> Message:
+    def post(
+        self, what: str, *, to: tuple[int, ...], source: tuple[int, ...], num_bytes: int, is_counted: bool = True
+    ) -> Message:
         """A message starts.
 
         Args:
             what: direction, kind and hop, for people.
             to, source: global ranks.
             num_bytes: payload that this process sends.
+            is_counted: as in `Message`.
         """
         if len(self._open) >= REMEMBERED:
             self._forget()
         self._posted += 1
-        message = Message(self._posted, self._call, self._index, self._layer, what, to, source)
+        message = Message(self._posted, self._call, self._index, self._layer, what, to, source, is_counted)
         self._index += 1
-        self._messages += 1
-        self._bytes += num_bytes
+        if is_counted:
+            self._messages += 1
+            self._bytes += num_bytes
         self._open[message.number] = message
         self._last = message
         return message
 
     def wait(self, message: Message, arrive: Callable[[], _T]) -> _T:
         """Wait for `message` by calling `arrive`, which blocks, or on a GPU makes the current stream wait."""
-        begin = _Moment.now(self._is_cuda, is_timed=self.is_measuring)
+        is_timed = self.is_measuring and message.is_counted
+        begin = _Moment.now(self._is_cuda, is_timed=is_timed)
         message._reached = begin.event
         message.waiting_since = time.monotonic()
         result = arrive()
-        end = _Moment.now(self._is_cuda, is_timed=self.is_measuring)
+        end = _Moment.now(self._is_cuda, is_timed=is_timed)
         message._arrived = end.event
         if not self._is_cuda:
             message.has_arrived = True
             self._open.pop(message.number, None)
-        if self.is_measuring:
+        if is_timed:
             self._waits.append((begin, end, self._span is not None))
+        return result
+
+    def exchange(self, what: str, layer: int | None, ranks: tuple[int, ...], collective: Callable[[], _T]) -> _T:
+        """A message that is an operation of its own, posted and waited for by `collective`; it is part of no account.
+
+        Args:
+            what: for people, as in `post`.
+            layer: of the model; None where nobody named it.
+            ranks: global ranks that take part.
+        """
+        self.enter(layer)
+        message = self.post(what, to=ranks, source=ranks, num_bytes=0, is_counted=False)
+        result = self.wait(message, collective)
+        self._is_over = True
         return result
 
     def begin_attention(self, count_flops: Callable[[], float]) -> None:

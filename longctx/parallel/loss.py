@@ -13,8 +13,8 @@ from torch import nn
 from longctx.errors import ConfigError, DataError, LongCtxError, ShapeError, did_you_mean
 from longctx.kernels import state_dtype
 from longctx.kernels.fused import check_fused, use_liger
-from longctx.parallel.exchange import get_tensor_exchange
 from longctx.parallel.tensor import ALONE, TensorParallel
+from longctx.parallel.tensor_exchange import get_tensor_exchange
 from longctx.shapes import check_shapes
 
 IGNORE = -100
@@ -209,15 +209,17 @@ def _shared_softmax(
     """`_torch_softmax` where the logits are this rank's part of the vocabulary: the maxima, and then the sums of the
     exponentials with the targets' logits, go over the ranks.
     """
-    exchange = get_tensor_exchange(tensor.exchange)
+    exchange, _ = get_tensor_exchange(tensor.exchange)
     x = logits.to(state_dtype(logits.dtype))
     valid = (labels != IGNORE)[:, None]
     index = labels[:, None] - tensor.rank * logits.shape[1]
     is_mine = valid & (index >= 0) & (index < logits.shape[1])
     index = index.masked_fill(~is_mine, 0)
-    x.sub_(exchange.all_reduce(x.amax(-1, keepdim=True), op=dist.ReduceOp.MAX))
+    largest = exchange.all_reduce(x.amax(-1, keepdim=True), op=dist.ReduceOp.MAX, what="loss, tp maxima of logits")
+    x.sub_(largest)
     target = x.gather(1, index).masked_fill_(~is_mine, 0.0)
-    total, target = exchange.all_reduce(torch.stack([x.exp_().sum(-1, keepdim=True), target]))
+    sums = torch.stack([x.exp_().sum(-1, keepdim=True), target])
+    total, target = exchange.all_reduce(sums, what="loss, tp sums of exponentials")
     loss = (total.log() - target).masked_fill_(~valid, 0.0).sum()
     if with_grad:
         x.div_(total).scatter_add_(1, index, is_mine.to(x.dtype).neg())

@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from longctx.errors import DistributedError
 from longctx.parallel.agreement import Agreement
-from longctx.parallel.exchange import HeadExchange, Link, RingExchange, TensorExchange, at_layer
+from longctx.parallel.exchange import Link, RingExchange, at_layer
+from longctx.parallel.head_exchange import GroupHeadLink, HeadExchange, HeadLink
 from longctx.parallel.journal import Journal
 from longctx.parallel.plan import Coords, ParallelPlan
+from longctx.parallel.tensor_exchange import TensorExchange
 from longctx.parallel.transport import are_in_one_node, ring_link
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
@@ -75,8 +77,10 @@ class ParallelMesh:
         device: torch.device,
         groups: dict[str, dist.ProcessGroup | None],
         link: Link | None,
+        head_link: HeadLink | None = None,
         grad_dtype: torch.dtype | None = None,
         ring_in_one_node: bool = True,
+        ulysses_in_one_node: bool = True,
         store: dist.Store | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
@@ -90,8 +94,9 @@ class ParallelMesh:
             for name in _AXES
             for ranks in [_axis_ranks(plan, name, self.coords)]
         )
-        # Whether all ranks of the ring are processes of one machine.
+        # Whether all ranks of the axis are processes of one machine.
         self.ring_in_one_node = ring_in_one_node
+        self.ulysses_in_one_node = ulysses_in_one_node
         self.journal = Journal(device)
         self.agreement = Agreement(
             store,
@@ -105,8 +110,8 @@ class ParallelMesh:
         self._exchange = RingExchange(
             link, prefix=self.prefix, grad_dtype=grad_dtype or plan.wire_dtype, journal=self.journal
         )
-        self._head_exchange = HeadExchange(self.ulysses.group, prefix=self.prefix, journal=self.journal)
-        self._tensor_exchange = TensorExchange(self.tp.group, prefix=self.prefix)
+        self._head_exchange = HeadExchange(head_link, prefix=self.prefix, journal=self.journal)
+        self._tensor_exchange = TensorExchange(self.tp.group, prefix=self.prefix, journal=self.journal)
 
     @classmethod
     def create(
@@ -141,7 +146,7 @@ class ParallelMesh:
         if plan.world_size > 1:
             _check_backend(device)
             groups = _make_groups(plan, rank, device, timeout)
-        ring = groups.get("ring")
+        ring, ulysses = groups.get("ring"), groups.get("ulysses")
         link, in_one_node = None, True
         if ring is not None:
             prefix = f"[rank {rank} | {plan.coords(rank)}]"
@@ -156,8 +161,10 @@ class ParallelMesh:
             device=device,
             groups=groups,
             link=link,
+            head_link=None if ulysses is None else GroupHeadLink(ulysses),
             grad_dtype=grad_dtype,
             ring_in_one_node=in_one_node,
+            ulysses_in_one_node=ulysses is None or are_in_one_node(ulysses),
             store=None if sp is None else _store_of(sp),
             timeout=timeout,
         )
@@ -192,6 +199,11 @@ class ParallelMesh:
     def head_handle(self) -> str:
         """What an operator gets to find `head_exchange`."""
         return at_layer(self._head_exchange.handle, self._layer)
+
+    @property
+    def tensor_handle(self) -> str:
+        """What an operator gets to find `tensor_exchange`."""
+        return at_layer(self._tensor_exchange.handle, self._layer)
 
     @property
     def tensor_exchange(self) -> TensorExchange:

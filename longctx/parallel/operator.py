@@ -16,7 +16,14 @@ from torch import Tensor
 from longctx.kernels import state_dtype
 from longctx.parallel.exchange import get_exchange
 from longctx.parallel.moves import Move, unpack_moves
-from longctx.parallel.ring import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, attention_flops, cached_hops
+from longctx.parallel.ring import (
+    BACKWARD_PRODUCTS,
+    FORWARD_PRODUCTS,
+    RING_ATTENTION_BACKWARD_OP,
+    RING_ATTENTION_OP,
+    attention_flops,
+    cached_hops,
+)
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor hops, Tensor rows, Tensor moves, Tensor pieces, Tensor order, SymInt size,"
@@ -29,12 +36,38 @@ _FIRST_OF_FORWARD, _FIRST_OF_BACKWARD = 0, 5
 _HOPS, _ROWS, _MOVES, _EXCHANGE = 3, 4, 5, 11
 
 
+class RingPlan(NamedTuple):
+    """What an operator is told of the hops and messages of a rank, beside tensors and numbers of the call; CPU tensors.
+
+    Args:
+        hops, rows: `pack_hops`.
+        moves, pieces, order, size: as the scheme says; empty and 0 where it has no use for them.
+    """
+
+    hops: Tensor
+    rows: Tensor
+    moves: Tensor
+    pieces: Tensor
+    order: Tensor
+    size: int
+
+
 class Operators(NamedTuple):
-    """The registered pair. `forward(q, k, v, *rest) -> (out, lse, held)`; `backward(dout, dlse, out, lse, held, q, k, v, *rest)
-    -> (dq, dk, dv, dsinks)`."""
+    """The operators of a scheme. `rest` is a `RingPlan`, kernel, scale, exchange, softcap and sinks.
+
+    Args:
+        forward: (q, k, v, *rest) -> out, lse, held.
+        backward: (dout, dlse, out, lse, held, q, k, v, *rest) -> dq, dk, dv, dsinks.
+        held_shape: (k, hops, size) -> the shape of `held`.
+    """
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    held_shape: Callable[[Tensor, Tensor, int], tuple[int, ...]]
+
+
+# The operators of each scheme by its name, which is how an operator around them is told which to use.
+SCHEMES: dict[str, Operators] = {}
 
 
 def attention_operators(
@@ -44,7 +77,7 @@ def attention_operators(
     held_shape: Callable[[Tensor, Tensor, int], tuple[int, ...]],
     num_keys: Callable[[Sequence[Move]], list[int]],
 ) -> Operators:
-    """Register a scheme as `longctx::<name>` and `longctx::<name>_backward`, differentiable in q, k, v and sinks.
+    """Register a scheme as `longctx::<name>_attention` and with `_backward`, differentiable in q, k, v and sinks.
 
     Args:
         forward: (q, k, v, hops, rows, moves, pieces, order, size, kernel, scale, ring, softcap, sinks) -> out like q, lse
@@ -56,20 +89,22 @@ def attention_operators(
         num_keys: keys of each hop of `hops`, given the moves.
     """
     forward_op = torch.library.custom_op(
-        f"longctx::{name}",
+        f"longctx::{name}_attention",
         _noted(forward, _FIRST_OF_FORWARD, FORWARD_PRODUCTS, num_keys),
         mutates_args=(),
         schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     )
     backward_op = torch.library.custom_op(
-        f"longctx::{name}_backward",
+        f"longctx::{name}_attention_backward",
         _noted(backward, _FIRST_OF_BACKWARD, BACKWARD_PRODUCTS, num_keys),
         mutates_args=(),
         schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor held, {_ARGUMENTS})"
         " -> (Tensor, Tensor, Tensor, Tensor)",
     )
     registered = Operators(
-        getattr(torch.ops.longctx, name).default, getattr(torch.ops.longctx, f"{name}_backward").default
+        getattr(torch.ops.longctx, f"{name}_attention").default,
+        getattr(torch.ops.longctx, f"{name}_attention_backward").default,
+        held_shape,
     )
 
     @forward_op.register_fake
@@ -100,7 +135,23 @@ def attention_operators(
         return dq, dk, dv, *[None] * 10, None if sinks is None else dsinks
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
+    SCHEMES[name] = registered
     return registered
+
+
+def _relay(q, k, v, hops, rows, moves, pieces, order, size, *rest):
+    return RING_ATTENTION_OP(q, k, v, hops, rows, *rest)
+
+
+def _relay_backward(dout, dlse, out, lse, held, q, k, v, hops, rows, moves, pieces, order, size, *rest):
+    return RING_ATTENTION_BACKWARD_OP(dout, dlse, q, k, v, out, lse, held, hops, rows, *rest)
+
+
+def _relay_holds(k: Tensor, hops: Tensor, size: int) -> tuple[int, ...]:
+    return (2, *k.shape) if hops.shape[0] > 1 else (0,)
+
+
+SCHEMES["relay"] = Operators(_relay, _relay_backward, _relay_holds)
 
 
 def _noted(

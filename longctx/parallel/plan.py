@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 
 from longctx.errors import LongCtxError, PlanError, Problem, did_you_mean, format_problems
-from longctx.layout import SequenceLayout, SequenceMeta, get_layout, layout_names, shard_multiple
+from longctx.layout import SequenceLayout, get_layout, layout_names, shard_multiple
+from longctx.masks import AttentionMask, Causal
+from longctx.parallel.degrees import Work, choose_degrees, chunk_problems, tensor_problems, ulysses_problems
+from longctx.parallel.placement import describe
 
 SCHEDULES = ("1f1b", "dualpipev")
-
-# The token spans of a rank that `describe` writes out before it only counts them.
-SHOWN_SPANS = 4
 
 # Values of `strategy` and `transport`, explained at `ParallelPlan`.
 STRATEGIES = ("auto", "relay", "direct", "gather")
@@ -48,9 +48,14 @@ class ParallelPlan:
     Args:
         dp: replicas that read different samples. None: whatever the world leaves, filled in by `resolve`.
         pp: pipeline stages, each a run of the model's layers; micro-batches are what keeps all of them busy.
+        context: processes that share one sequence, which `choose_degrees` splits into ring x ulysses; it stands for both, and a
+            plan is used once they are chosen. None: as `ring` and `ulysses` say.
         ring: processes that share one sequence and pass keys and values round a ring.
         ulysses: processes that share one sequence by exchanging it for heads, around the ring's attention: each ring rank
             is that many processes. Must divide the query heads; key heads are divided, or repeated where they are fewer.
+        ulysses_chunks: in how many parts a rank's heads are exchanged: attention with one part hides the messages of its
+            neighbours, and each part is one more call of the kernel. None: what is estimated to be fastest, logged with the
+            reason.
         tp: processes that share each weight matrix; they hold the same tokens. Must divide the query heads, the key heads, the
             features of the SwiGLU and the vocabulary; Ulysses then divides the heads that are left.
         layout: which positions of a sequence each ring rank holds, by name; "auto": for each batch's mask the layout that is
@@ -74,8 +79,10 @@ class ParallelPlan:
 
     dp: int | None = None
     pp: int = 1
+    context: int | None = None
     ring: int = 1
     ulysses: int = 1
+    ulysses_chunks: int | None = None
     tp: int = 1
     layout: str = "zigzag"
     strategy: str = "auto"
@@ -138,18 +145,26 @@ class ParallelPlan:
     def __str__(self) -> str:
         dp = "rest" if self.dp is None else self.dp
         norms = ", norms sharded" * self.shard_norms
-        return f"dp {dp}, pp {self.pp}, ring {self.ring}, ulysses {self.ulysses}, tp {self.tp}{norms}"
+        shared = f"ring {self.ring}, ulysses {self.ulysses}" if self.context is None else f"context {self.context}"
+        return f"dp {dp}, pp {self.pp}, {shared}, tp {self.tp}{norms}"
 
     def problems(self) -> list[Problem]:
         """What is wrong with the plan whatever the model, the sequence and the world: impossible or unavailable degrees."""
         found = []
-        for name in ("dp", "pp", "ring", "ulysses", "tp"):
+        for name in ("dp", "pp", "context", "ring", "ulysses", "tp"):
             degree = getattr(self, name)
             if degree is not None and degree < 1:
                 hint = "leave dp out to use every process that the other degrees leave" if name == "dp" else ""
                 found.append(Problem(f"{name} = {degree}: a degree is at least 1", hint or f"{name} 1 leaves it out"))
         if found:
             return found
+        if self.context is not None and self.ring * self.ulysses > 1:
+            found.append(
+                Problem(
+                    f"context = {self.context} beside ring {self.ring} and ulysses {self.ulysses}: context chooses both",
+                    "leave context out, or ring and ulysses",
+                )
+            )
         if self.schedule not in SCHEDULES:
             found.append(Problem(f"unknown schedule {self.schedule!r}: {did_you_mean(self.schedule, SCHEDULES)}"))
         elif self.schedule != "1f1b" and self.pp == 1:
@@ -166,7 +181,7 @@ class ParallelPlan:
                 found.append(Problem(f"unknown {name} {value!r}: {did_you_mean(value, known)}"))
         if self.grad_dtype not in ("fp32", "bf16"):
             found.append(Problem(f"grad_dtype = {self.grad_dtype!r} is not known", "one of fp32, bf16"))
-        elif self.grad_dtype != "fp32" and self.ring == 1:
+        elif self.grad_dtype != "fp32" and self.ring == 1 and self.context is None:
             found.append(
                 Problem(
                     f"grad_dtype = {self.grad_dtype} with ring 1: only a ring sends gradients of keys and values",
@@ -225,6 +240,13 @@ class ParallelPlan:
             found += ulysses_problems(
                 num_heads // self.tp, num_kv_heads // self.tp, ulysses=self.ulysses, ring=self.ring, tp=self.tp
             )
+            found += chunk_problems(
+                self.ulysses_chunks,
+                num_heads // self.tp,
+                num_kv_heads // self.tp,
+                ulysses=self.ulysses,
+                ring=self.ring,
+            )
         if self.sp >= 1 and seq_len < self.sp:
             found.append(
                 Problem(
@@ -234,13 +256,75 @@ class ParallelPlan:
             )
         return found
 
+    def choose_degrees(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        seq_len: int,
+        mask: AttentionMask | None = None,
+        batch: int = 1,
+        itemsize: int = 2,
+        node_size: int | None = None,
+    ) -> tuple[ParallelPlan, str]:
+        """The plan with ring and ulysses in the place of `context`, and why these; itself and "" where there is none.
+
+        Args:
+            num_heads, num_kv_heads, head_dim: of the whole model.
+            seq_len: global length.
+            mask: who sees whom; None: causal.
+            batch: sequences at a time; itemsize: bytes of one element of activations.
+            node_size: processes on each machine; None: all are on one.
+
+        Raises:
+            PlanError: no split serves such a model on such machines, or the plan is impossible in itself.
+
+        The order of estimated times decides; explicit degrees are taken as they are.
+        """
+        if self.context is None:
+            return self, ""
+        if problems := self.problems():
+            raise PlanError(format_problems(f"this plan ({self})", problems))
+        work = Work(
+            num_heads=num_heads // self.tp,
+            num_kv_heads=num_kv_heads // self.tp,
+            head_dim=head_dim,
+            seq_len=seq_len,
+            mask=Causal() if mask is None else mask,
+            batch=batch,
+            itemsize=itemsize,
+            grad_itemsize=2 if self.grad_dtype == "bf16" else max(4, itemsize),
+        )
+        ring, ulysses, why = choose_degrees(
+            self.context,
+            work,
+            layout=self.sequence_layout,
+            strategies=STRATEGIES[1:] if self.strategy == "auto" else (self.strategy,),
+            tp=self.tp,
+            node_size=node_size,
+            may_cross_nodes=self.allow_across_nodes,
+            chunks=self.ulysses_chunks,
+        )
+        # Only a ring sends gradients of keys.
+        grad_dtype = self.grad_dtype if ring > 1 else "fp32"
+        return replace(self, context=None, ring=ring, ulysses=ulysses, grad_dtype=grad_dtype), why
+
     def resolve(self, world_size: int) -> ParallelPlan:
         """The same plan with dp filled in for `world_size` processes.
 
         Raises:
-            PlanError: the degrees are impossible or do not multiply up to `world_size`; lists every problem.
+            PlanError: the degrees are impossible, not chosen yet, or do not multiply up to `world_size`; lists every problem.
         """
         found = self.problems()
+        if self.context is not None and not found:
+            found = [
+                Problem(
+                    f"context {self.context} is not split into ring and ulysses yet",
+                    "call plan.choose_degrees(...), which looks at the model and the length; or give ring and ulysses",
+                )
+            ]
+            raise PlanError(format_problems(f"this plan ({self}, world {world_size})", found))
         if world_size < 1:
             found.append(Problem(f"world size {world_size}: at least 1 process is needed"))
         elif all(degree >= 1 for degree in (self.pp, self.ring, self.ulysses, self.tp)):
@@ -299,115 +383,4 @@ class ParallelPlan:
         Raises:
             PlanError: dp is not known yet, or there is no `seq_len` to cut.
         """
-        is_fitted = seq_len is not None and self.ring > 1 and self.sequence_layout.fits_masks
-        fitted = "; positions for a causal mask, other masks may have others" if is_fitted else ""
-        lines = [f"{self}: {self.world_size} ranks, layout {self.layout}{fitted}"]
-        width = len(str(self.world_size - 1))
-        for rank in range(self.world_size):
-            coords = self.coords(rank)
-            line = f"  rank {rank:>{width}}  {coords}"
-            if seq_len is not None:
-                meta = SequenceMeta.of(
-                    seq_len,
-                    layout=self.sequence_layout,
-                    ring_rank=coords.ring,
-                    ring_world=self.ring,
-                    ulysses_rank=coords.ulysses,
-                    ulysses_world=self.ulysses,
-                    local_multiple=self.local_multiple,
-                )
-                real = meta.positions[meta.positions < seq_len]
-                line += f"  tokens {_spans(real)}" if len(real) else "  tokens none"
-                line += f", {meta.local_len - len(real)} of padding" * (len(real) < meta.local_len)
-            if layers is not None:
-                held = []
-                for stage in self.stages_of(coords.pp):
-                    of_stage = f"{layers[stage].start}-{layers[stage].stop - 1}"
-                    of_stage += " and embedding" * (stage == 0) + " and head" * (stage == self.num_stages - 1)
-                    held.append(of_stage)
-                line += f"  layers {', '.join(held)}"
-            lines.append(line + self._peers(coords))
-        return "\n".join(lines)
-
-    def _peers(self, at: Coords) -> str:
-        """The ranks on each axis through `at` that has more than one, as text."""
-        sizes = {"tp": self.tp, "ulysses": self.ulysses, "ring": self.ring, "dp": self._resolved_dp, "pp": self.pp}
-        found = [
-            f"{axis} {','.join(str(self.rank_of(replace(at, **{axis: i}))) for i in range(size))}"
-            for axis, size in sizes.items()
-            if size > 1
-        ]
-        return f"  with {'; '.join(found)}" if found else ""
-
-
-def tensor_problems(tp: int, ring: int, sizes: dict[str, int | None]) -> list[Problem]:
-    """What keeps `tp` ranks from sharing matrices of such sizes, with what would work.
-
-    Args:
-        ring: what fewer of them could be made up for by.
-        sizes: what is divided among the ranks, by name; None: not asked about.
-    """
-    asked = {name: size for name, size in sizes.items() if size is not None and size >= 1}
-    if tp <= 1 or all(size % tp == 0 for size in asked.values()):
-        return []
-    # More heads or another model are seldom a choice, a longer vocabulary is: it needs rows that no token uses.
-    fixed = [size for name, size in asked.items() if name != "vocab_size"]
-    degrees = [t for t in range(1, min(asked.values()) + 1) if all(size % t == 0 for size in fixed)]
-    wrong = [f"{name} {size:_}" for name, size in asked.items() if size % tp]
-    hints = []
-    if tp not in degrees:
-        nearest = max(t for t in degrees if t < tp and tp * ring % t == 0)
-        hints.append(
-            f"nearest for the same processes: tp {nearest} with ring {tp * ring // nearest}; these heads and projections "
-            f"allow tp {', '.join(map(str, degrees))}"
-        )
-    if asked.get("vocab_size", 0) % tp:
-        hints.append(f"model.vocab_size {-(-asked['vocab_size'] // tp) * tp:_} is a multiple of {tp}")
-    verb = "is not a multiple" if len(wrong) == 1 else "are no multiples"
-    what = " and ".join([", ".join(wrong[:-1]), wrong[-1]]) if wrong[1:] else wrong[0]
-    return [Problem(f"{what} {verb} of tp {tp}", "; ".join(hints))]
-
-
-def ulysses_problems(num_heads: int, num_kv_heads: int, *, ulysses: int, ring: int, tp: int = 1) -> list[Problem]:
-    """What keeps Ulysses of that degree from dividing such heads, with the nearest degrees that would.
-
-    Every rank gets as many query heads as the others, and whole key heads that serve just these: query heads must be a
-    multiple of the degree, and key heads a multiple of it or a divisor.
-
-    Args:
-        num_heads, num_kv_heads: that each of the `tp` ranks that share the heads has.
-    """
-    if _heads_divide(num_heads, num_kv_heads, ulysses):
-        return []
-    each = f" of each of {tp} tp ranks" if tp > 1 else ""
-    if num_heads % ulysses:
-        what = f"num_heads {num_heads}{each} is not a multiple of ulysses {ulysses}"
-    else:
-        what = (
-            f"num_kv_heads {num_kv_heads}{each} and ulysses {ulysses}: neither is a multiple of the other, so ranks would need "
-            "different numbers of key heads"
-        )
-    sp = ring * ulysses
-    same = [u for u in range(1, sp + 1) if sp % u == 0 and _heads_divide(num_heads, num_kv_heads, u)]
-    same.sort(key=lambda u: (abs(u - ulysses), -u))
-    plans = " or ".join(f"ulysses {u} with ring {sp // u}" for u in same[:2])
-    degrees = [u for u in range(1, num_heads + 1) if _heads_divide(num_heads, num_kv_heads, u)]
-    return [
-        Problem(
-            what, f"nearest for the same processes: {plans}; these heads allow ulysses {', '.join(map(str, degrees))}"
-        )
-    ]
-
-
-def _heads_divide(num_heads: int, num_kv_heads: int, ulysses: int) -> bool:
-    return num_heads % ulysses == 0 and (num_kv_heads % ulysses == 0 or ulysses % num_kv_heads == 0)
-
-
-def _spans(positions: torch.Tensor) -> str:
-    """Ascending positions as runs, `0-7, 24-31`; the first few, and how many there are."""
-    is_break = positions.diff() != 1
-    ends = torch.cat([positions[:-1][is_break], positions[-1:]]).tolist()
-    starts = torch.cat([positions[:1], positions[1:][is_break]]).tolist()
-    shown = [f"{a:_}-{b:_}" if a != b else f"{a:_}" for a, b in zip(starts, ends, strict=True)][:SHOWN_SPANS]
-    more = f", ... ({len(starts):_} spans)" if len(starts) > SHOWN_SPANS else ""
-    return ", ".join(shown) + more
+        return describe(self, seq_len, layers)

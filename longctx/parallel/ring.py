@@ -127,14 +127,7 @@ def _ring_attention_backward(
     todo = cached_hops(hops, rows)
     kernels = [None if kr.kind == "empty" else backward_kernel(kernel, q, kr, softcap, dlse) for _, kr in todo]
     ring.journal.begin_attention(lambda: attention_flops(q, todo, [k.shape[1]] * len(todo), BACKWARD_PRODUCTS))
-    # Gradients of sums and means come as expanded tensors, whose strides are 0.
-    dout = dout.contiguous()
-    delta = row_delta(out, dout)
-    if dlse is not None:
-        # d lse / d score = p, and the scores' gradient is p * (dp - delta).
-        delta = delta - dlse.to(delta.dtype)
-    dsinks = q.new_empty(0) if sinks is None else sink_gradient(sinks, lse, delta)
-    dq = _accumulator(q)
+    dout, delta, dq, dsinks = begin_backward(q, dout, dlse, out, lse, sinks)
     message = held_kv
     riding: Rotation | None = None
 
@@ -238,6 +231,20 @@ def attention_flops(q: Tensor, todo: Hops, num_keys: Sequence[int], products: in
     b, s, h, d = q.shape
     pairs = sum(key_range.pairs(b, s, n) for (_, key_range), n in zip(todo, num_keys, strict=True))
     return 2.0 * products * h * d * pairs
+
+
+def begin_backward(
+    q: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What every backward pass starts with: dout, contiguous; delta "b h s"; zeros to add dq in; dsinks of the local rows."""
+    # Gradients of sums and means come as expanded tensors, whose strides are 0.
+    dout = dout.contiguous()
+    delta = row_delta(out, dout)
+    if dlse is not None:
+        # d lse / d score = p, and the scores' gradient is p * (dp - delta).
+        delta = delta - dlse.to(delta.dtype)
+    dsinks = q.new_empty(0) if sinks is None else sink_gradient(sinks, lse, delta)
+    return dout, delta, _accumulator(q), dsinks
 
 
 def _accumulator(like: Tensor) -> Tensor:

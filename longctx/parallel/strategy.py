@@ -20,14 +20,18 @@ from longctx.parallel.cost import Estimate, Rates, Shape, estimates, hop_shares
 from longctx.parallel.direct import DIRECT_ATTENTION
 from longctx.parallel.gather import GATHER_ATTENTION
 from longctx.parallel.moves import direct_comm_bytes, direct_plan, gather_comm_bytes, gather_plan
+from longctx.parallel.operator import SCHEMES, RingPlan
 from longctx.parallel.ring import RING_ATTENTION_OP, cached_hops
 from longctx.parallel.schedule import CommBytes, RingSchedule, comm_bytes
-from longctx.parallel.ulysses import ALL_TO_ALL_OP
+from longctx.parallel.ulysses import ULYSSES_ATTENTION_OP
 
 log = logging.getLogger(__name__)
 
+# What a scheme has no use for.
+_NONE = torch.empty(0, dtype=torch.int64)
+
 # What activation checkpointing must keep, so that attention is never computed and no message sent a second time.
-KEPT_OPERATORS = (RING_ATTENTION_OP, DIRECT_ATTENTION.forward, GATHER_ATTENTION.forward, ALL_TO_ALL_OP)
+KEPT_OPERATORS = (RING_ATTENTION_OP, DIRECT_ATTENTION.forward, GATHER_ATTENTION.forward, ULYSSES_ATTENTION_OP)
 
 
 class ContextStrategy(ABC):
@@ -39,6 +43,13 @@ class ContextStrategy(ABC):
         return self.name
 
     @abstractmethod
+    def plan(self, schedule: RingSchedule, num_kv_heads: int) -> RingPlan:
+        """What the operators of the scheme are told of `schedule`.
+
+        Raises:
+            PlanError: the scheme cannot be had with so many key heads.
+        """
+
     def attend(
         self,
         q: Tensor,
@@ -63,6 +74,9 @@ class ContextStrategy(ABC):
         Returns:
             out "b s h d" in q's dtype; lse "b h s" fp32.
         """
+        plan = self.plan(schedule, k.shape[2])
+        out, lse, _ = SCHEMES[self.name].forward(q, k, v, *plan, kernel, scale, exchange, softcap, sinks)
+        return out, lse
 
     @abstractmethod
     def comm_bytes(
@@ -88,9 +102,9 @@ class RelayStrategy(ContextStrategy):
 
     name = "relay"
 
-    def attend(self, q, k, v, *, schedule, exchange, kernel, scale, softcap=0.0, sinks=None):
-        out, lse, _ = RING_ATTENTION_OP(q, k, v, *schedule.packed, kernel, scale, exchange, softcap, sinks)
-        return out, lse
+    def plan(self, schedule, num_kv_heads):
+        hops, rows = schedule.packed
+        return RingPlan(hops, rows, _NONE, _NONE, _NONE, 0)
 
     def comm_bytes(self, schedule, **shape):
         return comm_bytes(schedule, **shape)
@@ -104,13 +118,9 @@ class DirectStrategy(ContextStrategy):
 
     name = "direct"
 
-    def attend(self, q, k, v, *, schedule, exchange, kernel, scale, softcap=0.0, sinks=None):
+    def plan(self, schedule, num_kv_heads):
         hops, rows, moves, held_len = direct_plan(schedule)
-        none = moves[:0, 0]
-        out, lse, _ = DIRECT_ATTENTION.forward(
-            q, k, v, hops, rows, moves, none, none, held_len, kernel, scale, exchange, softcap, sinks
-        )
-        return out, lse
+        return RingPlan(hops, rows, moves, _NONE, _NONE, held_len)
 
     def comm_bytes(self, schedule, **shape):
         return direct_comm_bytes(schedule, **shape)
@@ -131,13 +141,8 @@ class GatherStrategy(ContextStrategy):
     def __str__(self) -> str:
         return self.name if self.groups is None else f"{self.name} in {self.groups} groups"
 
-    def attend(self, q, k, v, *, schedule, exchange, kernel, scale, softcap=0.0, sinks=None):
-        hops, rows, moves, pieces, order = gather_plan(schedule)
-        groups = self.groups_of(k.shape[2], schedule.world)
-        out, lse, _ = GATHER_ATTENTION.forward(
-            q, k, v, hops, rows, moves, pieces, order, groups, kernel, scale, exchange, softcap, sinks
-        )
-        return out, lse
+    def plan(self, schedule, num_kv_heads):
+        return RingPlan(*gather_plan(schedule), self.groups_of(num_kv_heads, schedule.world))
 
     def comm_bytes(self, schedule, **shape):
         return gather_comm_bytes(schedule, **shape)
@@ -205,15 +210,14 @@ def choose_strategy(
     Raises:
         KernelError: no kernel can do the blocks of any scheme.
     """
-    # Kernels are chosen by the rows of a block too.
-    q = torch.empty(1, 1, 1, shape.head_dim, device=device, dtype=dtype).expand(-1, shape.local_len, -1, -1)
+    q = stand_in(shape, device, dtype)
     hops = hop_shares(schedule.mask, schedule.layout, schedule.world, schedule.seq_len)
     first = RingSchedule.build(schedule.mask, schedule.layout, 0, schedule.world, schedule.seq_len)
     rates: dict[str, Rates] = {}
     refused: list[KernelError] = []
     for names, plan in ((("direct", "relay"), direct_plan(first)), (("gather",), gather_plan(first))):
         try:
-            rates |= dict.fromkeys(names, _rates(first, plan.hops, plan.rows, q, kernel, softcap))
+            rates |= dict.fromkeys(names, kernel_rates(first, plan.hops, plan.rows, q, kernel, softcap))
         except KernelError as error:
             refused.append(error)
     if not rates:
@@ -233,8 +237,22 @@ def choose_strategy(
     )
 
 
-def _rates(first: RingSchedule, table: Tensor, rows: Tensor, q: Tensor, kernel: str, softcap: float) -> Rates:
-    """Of the kernels that would be chosen for these blocks of the first rank."""
+def stand_in(shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor without memory of its own, for which the same kernels are chosen as for queries of that shape."""
+    # Kernels are chosen by the rows of a block too.
+    return torch.empty(1, 1, 1, shape.head_dim, device=device, dtype=dtype).expand(-1, shape.local_len, -1, -1)
+
+
+def kernel_rates(first: RingSchedule, table: Tensor, rows: Tensor, q: Tensor, kernel: str, softcap: float) -> Rates:
+    """Of the kernels that would be chosen for these blocks of the first rank.
+
+    Args:
+        table, rows: of blocks, one for each hop of `first` (or one of all), as `pack_hops` makes them.
+        q: the queries, or a `stand_in` for them.
+
+    Raises:
+        KernelError: no kernel can do one of them.
+    """
     blocks = []
     for hop, (_, key_range) in zip(first.hops, cached_hops(table, rows), strict=False):
         if key_range.kind != "empty":
@@ -269,7 +287,7 @@ def resolve_strategy(
     chosen, why = choose_strategy(
         schedule, shape, device=q.device, dtype=q.dtype, kernel=kernel, softcap=softcap, in_one_node=in_one_node
     )
-    _log_choice(str(chosen), type(schedule.mask).__name__, schedule.layout.name, schedule.world, shape, why)
+    log_choice("strategy", chosen, schedule, shape, why)
     return chosen
 
 
@@ -279,8 +297,9 @@ def _spoken(*kind: object) -> list[bool]:
     return []
 
 
-def _log_choice(name: str, mask: str, layout: str, world: int, shape: Shape, why: str) -> None:
-    said = _spoken(name, mask, layout, world, shape)
+def log_choice(what: str, chosen: object, schedule: RingSchedule, shape: Shape, why: str) -> None:
+    """Log why `chosen` was taken, once for every kind of call."""
+    said = _spoken(what, str(chosen), type(schedule.mask).__name__, schedule.layout.name, schedule.world, shape)
     if not said:
         said.append(True)
-        log.info("strategy %s", why)
+        log.info("%s %s", what, why)

@@ -29,58 +29,63 @@ import torch.nn.functional as F
 from torch import nn
 
 from longctx.errors import ShapeError
-from longctx.parallel.exchange import TensorExchange, get_tensor_exchange
 from longctx.parallel.slices import ParameterSlice
+from longctx.parallel.tensor_exchange import TensorExchange, get_tensor_exchange
 
 if TYPE_CHECKING:
     from longctx.parallel.mesh import ParallelMesh
 
 
 @torch.library.custom_op(
-    "longctx::sum_over_ranks", mutates_args=(), schema="(Tensor x, str exchange, bool keep) -> Tensor"
+    "longctx::sum_over_ranks", mutates_args=(), schema="(Tensor x, str exchange, str what, bool keep) -> Tensor"
 )
-def _sum_over_ranks(x: torch.Tensor, exchange: str, keep: bool) -> torch.Tensor:
+def _sum_over_ranks(x: torch.Tensor, exchange: str, what: str, keep: bool) -> torch.Tensor:
     """The sum of every rank's x, a new tensor of x's dtype. Collective over the `TensorExchange` of that handle.
 
     Args:
+        what: names the message in errors and reports.
         keep: activation checkpointing must keep the result, so that nothing is sent a second time.
     """
-    return get_tensor_exchange(exchange).all_reduce(x.contiguous().clone())
+    ranks, layer = get_tensor_exchange(exchange)
+    return ranks.all_reduce(x.contiguous().clone(), what=what, layer=layer)
 
 
 @_sum_over_ranks.register_fake
-def _(x, exchange, keep):
+def _(x, exchange, what, keep):
     return x.new_empty(x.shape)
 
 
 SUM_OVER_RANKS_OP = torch.ops.longctx.sum_over_ranks.default
 
 
-@torch.library.custom_op("longctx::gather_tokens", mutates_args=(), schema="(Tensor x, str exchange) -> Tensor")
-def _gather_tokens(x: torch.Tensor, exchange: str) -> torch.Tensor:
+@torch.library.custom_op(
+    "longctx::gather_tokens", mutates_args=(), schema="(Tensor x, str exchange, str what) -> Tensor"
+)
+def _gather_tokens(x: torch.Tensor, exchange: str, what: str) -> torch.Tensor:
     """Every rank's tokens, one rank's behind the other's: "b s/t e" -> "b s e". Collective."""
-    return torch.cat(get_tensor_exchange(exchange).all_gather(x), 1)
+    ranks, layer = get_tensor_exchange(exchange)
+    return torch.cat(ranks.all_gather(x, what=what, layer=layer), 1)
 
 
 @_gather_tokens.register_fake
-def _(x, exchange):
+def _(x, exchange, what):
     b, s, e = x.shape
-    return x.new_empty(b, s * get_tensor_exchange(exchange).world, e)
+    return x.new_empty(b, s * get_tensor_exchange(exchange)[0].world, e)
 
 
 @torch.library.custom_op(
-    "longctx::scatter_sums", mutates_args=(), schema="(Tensor x, str exchange, bool keep) -> Tensor"
+    "longctx::scatter_sums", mutates_args=(), schema="(Tensor x, str exchange, str what, bool keep) -> Tensor"
 )
-def _scatter_sums(x: torch.Tensor, exchange: str, keep: bool) -> torch.Tensor:
-    """The sum of every rank's x, of this rank's tokens: "b s e" -> "b s/t e". Collective. `keep` as in `_sum_over_ranks`."""
-    ranks = get_tensor_exchange(exchange)
-    return ranks.reduce_scatter([piece.contiguous() for piece in x.chunk(ranks.world, 1)])
+def _scatter_sums(x: torch.Tensor, exchange: str, what: str, keep: bool) -> torch.Tensor:
+    """The sum of every rank's x, of this rank's tokens: "b s e" -> "b s/t e". Collective. The rest as in `_sum_over_ranks`."""
+    ranks, layer = get_tensor_exchange(exchange)
+    return ranks.reduce_scatter([piece.contiguous() for piece in x.chunk(ranks.world, 1)], what=what, layer=layer)
 
 
 @_scatter_sums.register_fake
-def _(x, exchange, keep):
+def _(x, exchange, what, keep):
     b, s, e = x.shape
-    return x.new_empty(b, s // get_tensor_exchange(exchange).world, e)
+    return x.new_empty(b, s // get_tensor_exchange(exchange)[0].world, e)
 
 
 GATHER_TOKENS_OP = torch.ops.longctx.gather_tokens.default
@@ -97,13 +102,13 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return SUM_OVER_RANKS_OP(grad, ctx.exchange, False), None
+        return SUM_OVER_RANKS_OP(grad, ctx.exchange, "backward, tp sum of a gradient", False), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, exchange: str, keep: bool) -> torch.Tensor:
-        return SUM_OVER_RANKS_OP(x, exchange, keep)
+        return SUM_OVER_RANKS_OP(x, exchange, "forward, tp sum", keep)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -114,22 +119,22 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, exchange: str) -> torch.Tensor:
         ctx.exchange = exchange
-        return GATHER_TOKENS_OP(x, exchange)
+        return GATHER_TOKENS_OP(x, exchange, "forward, tp tokens gathered")
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return SCATTER_SUMS_OP(grad, ctx.exchange, False), None
+        return SCATTER_SUMS_OP(grad, ctx.exchange, "backward, tp gradient scattered", False), None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, exchange: str, keep: bool) -> torch.Tensor:
         ctx.exchange = exchange
-        return SCATTER_SUMS_OP(x, exchange, keep)
+        return SCATTER_SUMS_OP(x, exchange, "forward, tp sum scattered", keep)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return GATHER_TOKENS_OP(grad, ctx.exchange), None, None
+        return GATHER_TOKENS_OP(grad, ctx.exchange, "backward, tp gradient gathered"), None, None
 
 
 @dataclass(frozen=True)
@@ -153,9 +158,7 @@ class TensorParallel:
         """The part of the process of `mesh`; without one, everything."""
         if mesh is None or mesh.tp.size == 1:
             return TensorParallel()
-        return TensorParallel(
-            mesh.tp.rank, mesh.tp.size, mesh.tensor_exchange.handle, shards_tokens=mesh.plan.shard_norms
-        )
+        return TensorParallel(mesh.tp.rank, mesh.tp.size, mesh.tensor_handle, shards_tokens=mesh.plan.shard_norms)
 
     @property
     def of_norms(self) -> TensorParallel:
@@ -241,7 +244,7 @@ class VocabularyEmbedding(nn.Embedding):
 
 def gather_slices(local: torch.Tensor, cut: ParameterSlice, exchange: TensorExchange) -> torch.Tensor:
     """The whole of which every rank of the tp axis holds its slice; collective. A tensor that is not cut is given back."""
-    return local if cut.dim is None else torch.cat(list(exchange.all_gather(local)), cut.dim)
+    return local if cut.dim is None else torch.cat(exchange.all_gather(local, what="tp slices gathered"), cut.dim)
 
 
 def split_by_cut(parameters: Iterator[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

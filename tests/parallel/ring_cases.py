@@ -69,7 +69,7 @@ MASKS = _masks(SEQ_LEN)
 ODD_MASKS = _masks(ODD_LEN)
 
 # Query heads and key heads.
-HEADS = {"gqa": (4, 2), "mqa": (3, 1), "mha": (2, 2), "mqa4": (4, 1), "gqa6": (6, 3), "mqa6": (6, 1)}
+HEADS = {"gqa": (4, 2), "mqa": (3, 1), "mha": (2, 2), "mqa4": (4, 1), "gqa6": (6, 3), "mqa6": (6, 1), "gqa8": (8, 4)}
 
 
 @dataclass(frozen=True)
