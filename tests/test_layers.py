@@ -76,6 +76,7 @@ LAYERS = (
     ("L6 a run", ("progress", "recorder", "preparation", "trainer", "config")),
     ("L6 benchmark", ("flash1", "peers", "predecessors", "bench_timing", "bench_output", "bench_errors", "bench")),
     ("L6 ring benchmark", ("peers_ring", "bench_ring")),
+    ("L6 planning", ("memory", "step_time", "planner")),
     ("L6 commands", ("draw", "info")),
     ("L6 checks", ("comparison", "numerics", "broken", "parity", "check")),
     ("L6 command line", ("__main__",)),
