@@ -108,7 +108,7 @@ def test_what_is_kept_with_recomputation_is_what_is_counted():
         del loss
     engine = EngineConfig(activation_checkpointing=True, dtype="fp32", zero_stage=0, micro_batch_size=2)
     counted = [rank_memory(replace(MODEL, num_layers=n), engine, ParallelPlan(dp=1), 48).activations for n in (2, 4)]
-    assert held[1] - held[0] == pytest.approx(counted[1] - counted[0], rel=0.02)
+    assert held[1] - held[0] == pytest.approx(counted[1] - counted[0], rel=0.05)
 
 
 def test_every_plan_can_be_run_and_is_what_its_flags_say():
