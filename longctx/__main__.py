@@ -19,6 +19,7 @@ from longctx.trainer import Trainer
 # command -> (module with `main(argv)`, or module:function, what it is for)
 COMMANDS = {
     "train": ("longctx.__main__", "train a model; the same as train.py"),
+    "plan": ("longctx.planner", "which plans of N GPUs fit, how fast each would be, and which to take"),
     "layout": ("longctx.draw", "draw who holds what, and the work of each hop"),
     "info": ("longctx.info", "versions, devices, and which kernels can be used here and why not"),
     "check": ("longctx.check", "compare a plan's attention, gradients and loss with one process's, on this machine"),

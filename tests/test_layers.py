@@ -90,6 +90,7 @@ LAYERS = (
         ),
     ),
     ("L6 ring benchmark", ("peers_ring", "bench_ring_output", "bench_ring")),
+    ("L6 planning", ("memory", "step_time", "planner")),
     ("L6 commands", ("draw", "info")),
     ("L6 checks", ("comparison", "numerics", "broken", "parity", "check")),
     ("L6 command line", ("__main__",)),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import longctx
-from longctx import bench, bench_ring, check, draw, evaluation, info, numerics, results
+from longctx import bench, bench_ring, check, draw, evaluation, info, numerics, planner, results
 from longctx.__main__ import COMMANDS, TrainArguments
 from longctx.config import Config, key_names, load_config
 from longctx.weights import export_parser, import_parser, parse_bytes
@@ -66,6 +66,8 @@ def _longctx(words):
     assert command in COMMANDS
     if command == "layout":
         assert draw.main(rest) == 0
+    elif command == "plan":
+        assert planner.main(rest) == 0
     elif command == "info":
         assert info.main(rest) == 0
     elif command == "check":

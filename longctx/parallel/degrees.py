@@ -192,7 +192,7 @@ def choose_degrees(
         return node_size is None or node_size % (size * tp) == 0
 
     found = {
-        (ring, ulysses): _estimate(
+        (ring, ulysses): attention_estimate(
             ring,
             ulysses,
             work,
@@ -225,7 +225,7 @@ def choose_degrees(
     )
 
 
-def _estimate(
+def attention_estimate(
     ring: int,
     ulysses: int,
     work: Work,

@@ -1,0 +1,189 @@
+"""What training takes of one GPU's memory, estimated from the shape of the model and the plan: nothing is allocated.
+
+Counted at the moment of a step when most is held, the backward pass of a layer or of the loss, from what this library keeps and what
+DeepSpeed 0.19 holds beside it. Held against runs on H100 and H200 (`benchmarks/results/training.csv`) to 3 %; fragmentation, which
+torch's allocator adds, is left out.
+
+Source: Rajbhandari et al. 2020 (arXiv 1910.02054) for what ZeRO divides; Korthikanti et al. 2022 (arXiv 2205.05198) for activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longctx.deepspeed_setup import BUCKET_ELEMENTS
+from longctx.engine_config import EngineConfig
+from longctx.model import ModelConfig
+from longctx.padding import padded_length
+from longctx.parallel.loss import CHUNK_BYTES
+from longctx.parallel.plan import ParallelPlan
+
+# Held whatever the plan: tables of RoPE, workspaces of the matrix library, small tensors.
+_ALWAYS = 128 << 20
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on the GPU that holds most, and what holds them.
+
+    Args:
+        weights: in the dtype of training; with ZeRO-3 the parts, and the layers that are gathered at a time.
+        gradients: their sums in fp32.
+        optimizer: fp32 weights and Adam's two moments.
+        activations: kept for backward, of all layers and of all micro-batches in flight.
+        working: temporaries of the layer, or of the loss, whose backward pass needs most.
+        buffers: of messages.
+        host: beside all these, in the host's memory.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+    buffers: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """On the GPU."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working + self.buffers
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """What the estimates below share: sizes of one rank, in elements.
+
+    Args:
+        tokens: of a micro-batch.
+        q, kv, features: of one token: all query heads, the key heads of K alone, and the SwiGLU, of this rank.
+        hidden: of one token where norms are shared among tp ranks, `size` where they are not.
+        itemsize: bytes of an activation.
+    """
+
+    model: ModelConfig
+    engine: EngineConfig
+    plan: ParallelPlan
+    tokens: int
+    itemsize: int
+
+    @property
+    def q(self) -> int:
+        return self.model.num_heads * self.model.head_size // self.plan.tp
+
+    @property
+    def kv(self) -> int:
+        return self.model.kv_heads * self.model.head_size // self.plan.tp
+
+    @property
+    def features(self) -> int:
+        return self.model.mlp_size // self.plan.tp
+
+    @property
+    def residual(self) -> int:
+        return self.model.hidden_size // (self.plan.tp if self.plan.shard_norms else 1)
+
+    def kept_by_layer(self) -> int:
+        """Bytes that one layer keeps of one token for its backward pass."""
+        size, q, kv = self.itemsize, self.q, self.kv
+        lse = 4 * self.model.num_heads // self.plan.tp
+        attention = size * q + lse
+        # Of the keys that few key heads have, Ulysses ranks hold copies.
+        copies = max(1, self.plan.ulysses * self.plan.tp // self.model.kv_heads)
+        exchanged = size * (2 * q + 2 * kv * copies) if self.plan.ulysses > 1 else 0
+        if self.engine.activation_checkpointing:
+            summed = self.model.hidden_size if self.plan.tp > 1 and not self.plan.shard_norms else 0
+            return size * (self.residual + summed) + attention + exchanged
+        # Both residuals and both norms, what enters attention, and the SwiGLU's gate, input and product.
+        return (
+            size * (2 * self.residual + 2 * self.model.hidden_size + q + 2 * kv + 3 * self.features)
+            + attention
+            + exchanged
+        )
+
+    def working(self, with_loss: bool) -> int:
+        """Bytes of the temporaries at the peak: of the SwiGLU's, of attention's or of the loss's backward pass."""
+        size, q, kv = self.itemsize, self.q, self.kv
+        swiglu = size * (5 * self.features + 2 * self.model.hidden_size)
+        attention = size * (4 * q + 4 * kv + 2 * self.model.hidden_size) + 4 * (q + 2 * kv)
+        found = self.tokens * max(swiglu, attention)
+        if with_loss:
+            # One chunk of logits, the gradient of the hidden state, and that of the projection in fp32.
+            table = 4 * self.model.vocab_size * self.model.hidden_size // self.plan.tp
+            found = max(found, CHUNK_BYTES["cuda"] + self.tokens * size * self.model.hidden_size + table)
+        return found
+
+    def message_buffers(self) -> int:
+        """Bytes of the ring's buffers: two to send and two to receive, of keys and values and of their gradients in fp32."""
+        if self.plan.ring == 1:
+            return 0
+        grad = 2 if self.plan.grad_dtype == "bf16" else 4
+        # A rank of a ring x Ulysses holds all tokens of its ring rank and a share of the heads.
+        return 4 * self.tokens * 2 * self.kv * (self.itemsize + grad)
+
+
+def rank_memory(model: ModelConfig, engine: EngineConfig, plan: ParallelPlan, seq_len: int) -> RankMemory:
+    """The estimate for the rank that needs most.
+
+    Args:
+        engine: with the dtype "auto" bf16, as on GPUs.
+        plan: resolved, and without problems for this model and length.
+        seq_len: global length of a sequence.
+    """
+    local_len = padded_length(seq_len, plan.seq_multiple) // plan.sp
+    itemsize = 4 if engine.resolved_dtype("cuda") == "fp32" else 2
+    rank = _Rank(model, engine, plan, engine.micro_batch_size * local_len, itemsize)
+    stages = model.stages(plan.num_stages, seq_len)
+    parameters = model.stage_params(stages)
+    found = []
+    for pp_rank in range(plan.pp):
+        held = plan.stages_of(pp_rank)
+        kept = 0
+        for stage in held:
+            in_flight = min(engine.accumulation_steps, plan.num_stages - stage)
+            kept += in_flight * len(stages[stage]) * rank.kept_by_layer() * rank.tokens
+        params = sum(parameters[stage] for stage in held) // plan.tp
+        largest = max(parameters[stage] // max(1, len(stages[stage])) for stage in held) // plan.tp
+        state = _model_state(engine, plan, params, largest, itemsize, model)
+        with_loss = plan.num_stages - 1 in held
+        found.append(
+            RankMemory(
+                **state,
+                activations=kept,
+                working=rank.working(with_loss) + _ALWAYS,
+                buffers=rank.message_buffers() + _zero_buckets(engine, plan),
+            )
+        )
+    return max(found, key=lambda memory: memory.total)
+
+
+def _model_state(
+    engine: EngineConfig, plan: ParallelPlan, params: int, layer: int, itemsize: int, model: ModelConfig
+) -> dict[str, int]:
+    """Bytes of weights, gradients, optimizer and host of one rank that holds `params` parameters."""
+    share, stage = plan.grad_world, engine.zero_stage
+    weights, gradients, optimizer = itemsize * params, 4 * params, 12 * params
+    if stage == 0:
+        optimizer = 8 * params  # the weights are fp32 themselves
+    else:
+        optimizer //= share
+    if stage >= 2:
+        gradients //= share
+    if stage == 3:
+        # The layer at work and the next, or the largest table.
+        table = model.vocab_size * model.hidden_size // plan.tp
+        weights = weights // share + itemsize * max(2 * layer, table) * (share > 1)
+    host = 0
+    if engine.offload != "none":
+        # DeepSpeed keeps the gradients' sums where the optimizer is.
+        host, optimizer = optimizer + gradients // (1 if stage >= 2 else share), 0
+        gradients = gradients if stage < 2 else 0
+    if engine.offload == "all":
+        host += itemsize * params // share
+        weights -= itemsize * params // share
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "host": host}
+
+
+def _zero_buckets(engine: EngineConfig, plan: ParallelPlan) -> int:
+    """Bytes of the buckets in which gradients are averaged and weights come back: two in flight, and one filling."""
+    return 3 * 4 * BUCKET_ELEMENTS if engine.zero_stage and plan.grad_world > 1 else 0
