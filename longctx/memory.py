@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from longctx.deepspeed_setup import BUCKET_ELEMENTS
 from longctx.engine_config import EngineConfig
-from longctx.model import ModelConfig
+from longctx.model_config import ModelConfig
 from longctx.padding import padded_length
 from longctx.parallel.loss import CHUNK_BYTES
 from longctx.parallel.plan import ParallelPlan

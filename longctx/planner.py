@@ -12,10 +12,11 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from longctx.config import Config, load_config
 from longctx.errors import ConfigError, LongCtxError, did_you_mean
-from longctx.layout import mask_area
+from longctx.masks import AttentionMask
 from longctx.memory import RankMemory, rank_memory
 from longctx.parallel.nodes import node_problems
 from longctx.parallel.plan import ParallelPlan
@@ -61,7 +62,7 @@ class Candidate:
         """FLOPs of the model, without recomputation, over what the GPUs could do."""
         data, shape = self.config.data, self.config.model.shape
         sequences = self.tokens_per_step // data.seq_len
-        flops = shape.train_flops(self.tokens_per_step, sequences * mask_area(mask_of(self.config), data.seq_len))
+        flops = shape.train_flops(self.tokens_per_step, sequences * _area(mask_of(self.config), data.seq_len))
         return flops / self.time.total / self.plan.world_size / peak
 
     def flags(self) -> str:
@@ -74,6 +75,12 @@ class Candidate:
         words += ["--parallel.shard_norms=true"] * plan.shard_norms
         words += [f"--engine.offload={engine.offload}"] * (engine.offload != "none")
         return " ".join(words)
+
+
+@lru_cache(maxsize=8)
+def _area(mask: AttentionMask, seq_len: int) -> int:
+    """`mask.area(seq_len)`, remembered."""
+    return mask.area(seq_len)
 
 
 def plans(config: Config, world_size: int, node_size: int) -> Iterator[ParallelPlan]:

@@ -183,7 +183,7 @@ def test_a_word_is_read_by_the_settings_type():
         ("[data]\nseq_length = 3", [], "run.toml: data.seq_length: there is no such setting", "did you mean 'data.seq_len'"),
         ("[modle]\nx = 3", [], "run.toml: modle: there is no such setting", "did you mean 'model'?"),
         ("[engine]\nlr = 3", [], "run.toml: engine.lr: there is no", "did you mean 'optim.lr'?"),
-        ("[data]\nzzzzzz = 3", [], "run.toml: data.zzzzzz: there is no", "known: cache_dir, mask_documents, path"),
+        ("[data]\nzzzzzz = 3", [], "run.toml: data.zzzzzz: there is no", "known: cache_dir, eval_path, mask_documents, path"),
         ("", ["--parallel.rnig=4"], "--parallel.rnig: there is no such setting", "did you mean 'parallel.ring'?"),
         ("", ["--ring", "4"], "--ring: there is no such setting", "did you mean 'parallel.ring'?"),
         ("", ["--seed=4"], "--seed: there is no such setting", "did you mean 'data.seed' or 'train.seed'?"),
