@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import platform
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from longctx.bench_errors import ERROR_CASES, SMOKE_ERROR_CASES, CaseErrors, error_rows, error_table, measure_errors
-from longctx.bench_output import bound_row, plot, plot_sweep, rows_of, table
-from longctx.bench_timing import WRONG, Budget, CaseResult, matmul_tflops, measure
+from longctx.bench_errors import (
+    ERROR_CASES,
+    SMOKE_ERROR_CASES,
+    CaseErrors,
+    error_rows,
+    error_table,
+    measure_errors,
+    verdicts,
+)
+from longctx.bench_kept import kept
+from longctx.bench_output import bound_row, rows_of, table
+from longctx.bench_timing import WRONG, Budget, matmul_tflops, measure
 from longctx.errors import ConfigError, KernelError, LongCtxError, did_you_mean
+from longctx.figures import attention_bars, draw, redraw, sweep_lines
 from longctx.kernels import kernel_names
 from longctx.peers import Case, Contender, contenders
 from longctx.predecessors import sweep_contenders
-from longctx.results import append, environment, read
+from longctx.results import RESULTS, append, environment
 from longctx.settings import parse_size
 
 __all__ = ["WRONG", "case_arguments", "cases_of", "main", "measure"]
@@ -43,15 +55,16 @@ SMOKE_CASES = (
     Case(batch=2, seq_len=48, heads=2, kv_heads=2, head_dim=16, mask="window", window=8),
 )
 
-# The sweep: 16k tokens a batch up to that length, then one sequence. A width of 2048 as in the papers; from 128k on fewer
-# heads, so that a call of the longest takes a second and not a minute.
-SWEEP_TOKENS, SWEEP_WIDTH, SWEEP_WORK = 1 << 14, 2048, 1 << 17
+# The sweep: 16k tokens a batch up to that length, then one sequence. A width of 2048 as in the papers up to 64k tokens; beyond,
+# as many fewer heads as a head has more work, down to one, so that a call of the longest takes seconds and not minutes. One
+# head of 256k tokens is still 2048 blocks of rows, 15 for each SM.
+SWEEP_TOKENS, SWEEP_WIDTH, SWEEP_FULL_WIDTH = 1 << 14, 2048, 1 << 16
 SWEEP_SHORTEST = 512
 SMOKE_LENGTHS = (32, 64)
 
 
 def sweep_cases(longest: int) -> list[Case]:
-    """Head dims 64 and 128, causal and full, lengths doubling up to the longest.
+    """Head dims 64 and 128, causal and full, lengths doubling up to the longest; the short ones first.
 
     Raises:
         ConfigError: `longest` is shorter than the shortest.
@@ -59,16 +72,15 @@ def sweep_cases(longest: int) -> list[Case]:
     if longest < SWEEP_SHORTEST:
         raise ConfigError(f"--sweep {longest}: the shortest sequence is {SWEEP_SHORTEST}")
     lengths = [SWEEP_SHORTEST << n for n in range((longest // SWEEP_SHORTEST).bit_length())]
-    cases = []
-    for head_dim in (64, 128):
-        for mask in ("causal", "full"):
-            for length in lengths:
-                heads = max(1, SWEEP_WIDTH // head_dim // max(1, length // SWEEP_WORK))
-                batch = max(1, SWEEP_TOKENS // length)
-                cases.append(
-                    Case(batch=batch, seq_len=length, heads=heads, kv_heads=heads, head_dim=head_dim, mask=mask)
-                )
-    return cases
+    return [
+        Case(
+            batch=max(1, SWEEP_TOKENS // length), seq_len=length, heads=heads, kv_heads=heads, head_dim=head_dim, mask=mask
+        )
+        for length in lengths
+        for head_dim in (64, 128)
+        for mask in ("causal", "full")
+        for heads in [max(1, SWEEP_WIDTH // head_dim // max(1, length // SWEEP_FULL_WIDTH) ** 2)]
+    ]  # fmt: skip
 
 
 def smoke_sweep() -> list[Case]:
@@ -117,10 +129,20 @@ def _kind_arguments(p: argparse.ArgumentParser) -> None:
         help="512 tokens to LENGTH (1M), from attention's formula to today's kernels",
     )  # fmt: skip
     kind.add_argument("--errors", action="store_true", help="errors against float64 instead of times")
-    kind.add_argument("--redraw", type=Path, metavar="CSV", help="draw a sweep that was measured, with --plot")
     p.add_argument(
         "--budget", type=float, metavar="SECONDS", default=20.0,
         help="skip a contender where a case would take it longer (20)",
+    )  # fmt: skip
+    p.add_argument(
+        "--time", type=float, metavar="SECONDS", default=math.inf, help="of the whole call: leave out the rest"
+    )
+    p.add_argument(
+        "--resume", action="store_true",
+        help="keep what --csv holds of this commit, GPU and versions, and measure only what is missing",
+    )  # fmt: skip
+    p.add_argument(
+        "--rows", nargs="+", metavar="TEXT",
+        help="of the table, the sweep or the errors: rows with one of these in their name, such as docs window '4 x 8k'",
     )  # fmt: skip
 
 
@@ -132,6 +154,8 @@ def parser() -> argparse.ArgumentParser:
     case_arguments(p)
     _kind_arguments(p)
     commands.add_parser("ring", help="attention over several GPUs (longctx bench ring --help)")
+    p = commands.add_parser("redraw", help="draw every figure of measurements anew from the files of results")
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="of CSV files, and of the figures")
     return top
 
 
@@ -161,14 +185,19 @@ def cases_of(args: argparse.Namespace, defaults: Sequence[Case]) -> Sequence[Cas
 def _cases(args: argparse.Namespace) -> Sequence[Case]:
     if args.sweep is not None:
         defaults: Sequence[Case] = smoke_sweep() if args.smoke else sweep_cases(args.sweep)
-        if cases_of(args, defaults) is not defaults:
-            raise ConfigError(
-                "--sweep has shapes of its own: leave --shapes, --dim, --heads, --kv-heads and --mask out"
-            )
-        return defaults
-    if args.errors:
-        return cases_of(args, SMOKE_ERROR_CASES if args.smoke else ERROR_CASES)
-    return cases_of(args, SMOKE_CASES if args.smoke else DEFAULT_CASES)
+    elif args.errors:
+        defaults = SMOKE_ERROR_CASES if args.smoke else ERROR_CASES
+    else:
+        defaults = SMOKE_CASES if args.smoke else DEFAULT_CASES
+    cases = cases_of(args, defaults)
+    if args.sweep is not None and cases is not defaults:
+        raise ConfigError("--sweep has shapes of its own: leave --shapes, --dim, --heads, --kv-heads and --mask out")
+    if args.rows is None:
+        return cases
+    for text in args.rows:
+        if not any(text in case.label for case in cases):
+            raise ConfigError(f"--rows {text!r} is in none of:\n  " + "\n  ".join(case.label for case in cases))
+    return [case for case in cases if any(text in case.label for text in args.rows)]
 
 
 def _entrants(args: argparse.Namespace) -> list[Contender]:
@@ -182,18 +211,8 @@ def _entrants(args: argparse.Namespace) -> list[Contender]:
     return [c for c in known.values() if c.name in args.only] if args.only else found
 
 
-def _redraw(args: argparse.Namespace) -> int:
-    if args.plot is None:
-        raise ConfigError("--redraw needs --plot: the PNG to draw")
-    titles = {c.name: c.title for c in sweep_contenders(kernel_names())}
-    plot_sweep(read(args.redraw), titles, args.plot)
-    return 0
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; 1 if a result of ours was wrong."""
-    if args.redraw:
-        return _redraw(args)
     if not args.smoke and not torch.cuda.is_available():
         raise KernelError(
             "there is no CUDA device to measure on; `longctx bench attention --smoke` runs tiny sizes on the CPU"
@@ -205,28 +224,46 @@ def run(args: argparse.Namespace) -> int:
     title = f"{gpu}, torch {where['torch']}, triton {where['triton']}, commit {where['commit']}"
     if args.errors:
         return _run_errors(args, cases, entrants, device, dtype, title, where)
+    return _run_times(args, cases, entrants, device, dtype, title, where)
+
+
+def _run_times(
+    args: argparse.Namespace,
+    cases: Sequence[Case],
+    entrants: Sequence[Contender],
+    device: torch.device,
+    dtype: torch.dtype,
+    title: str,
+    where: dict,
+) -> int:
+    if args.resume and args.csv is None:
+        raise ConfigError("--resume needs --csv: the file that earlier calls wrote")
     print(f"{title}; TFLOP/s forward / backward, {str(dtype).removeprefix('torch.')}, median times\n", flush=True)
     area, size = "attention" if args.sweep is None else "sweep", 256 if args.smoke else 8192
-    bound = matmul_tflops(device, dtype, size)
-    results: list[CaseResult] = []
-    rows = [bound_row(bound, size, area, **where)]
-    if args.csv:
-        append(args.csv, rows)
-    budget = Budget(args.budget)
+    earlier = kept(args.csv if args.resume else None, area, where)
+    budget = Budget(args.budget, args.time)
+    bound = earlier.bound
+    if bound is None:
+        bound = matmul_tflops(device, dtype, size)
+        if args.csv:
+            append(args.csv, [bound_row(bound, size, area, **where)])
+    rows, results = [bound_row(bound, size, area, **where)], []
     for case in cases:
         began = time.perf_counter()
-        results.append(measure(case, entrants, device, dtype, budget=budget, with_parts=args.sweep is None))
-        print(f"measured {case.label} in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-        found = rows_of(results[-1], area, **where)
-        rows += found
+        known = earlier.tflops.get(case.label, {})
+        result = measure(case, entrants, device, dtype, budget=budget, with_parts=args.sweep is None, kept=known)
+        results.append(result)
+        rows += rows_of(result, area, **where)
+        took = time.perf_counter() - began
+        print(f"measured {case.label} in {took:.0f} s ({len(known)} known)", file=sys.stderr, flush=True)
         if args.csv:
             # Case by case: what was measured is not lost when the rest is interrupted.
-            append(args.csv, found)
+            new = replace(result, tflops={name: got for name, got in result.tflops.items() if name not in known})
+            append(args.csv, rows_of(new, area, **where))
     print(table(results, entrants, bound, with_both=args.sweep is not None))
-    if args.plot and args.sweep is not None:
-        plot_sweep(rows, {c.name: c.title for c in entrants}, args.plot)
-    elif args.plot:
-        plot(results, entrants, bound, args.plot, title)
+    if args.plot:
+        titles = {entrant.name: entrant.title for entrant in entrants}
+        draw(sweep_lines(rows, titles) if args.sweep is not None else attention_bars(rows, titles), args.plot)
     return int(any(entrant.is_ours and entrant.name in r.wrong for r in results for entrant in entrants))
 
 
@@ -239,8 +276,9 @@ def _run_errors(
     title: str,
     where: dict,
 ) -> int:
-    if args.plot:
-        raise ConfigError("--errors draws nothing: leave --plot out")
+    for option, given in (("--plot", args.plot), ("--resume", args.resume), ("--time", args.time != math.inf)):
+        if given:
+            raise ConfigError(f"--errors knows no {option}: leave it out")
     name = str(dtype).removeprefix("torch.")
     print(f"{title}; errors against float64, {name}, of each tensor's size; x: of the best of cuDNN and FA4\n")
     found: list[CaseErrors] = []
@@ -251,6 +289,7 @@ def _run_errors(
         if args.csv:
             append(args.csv, error_rows(found[-1], **where))
     print(error_table(found, entrants))
+    print("\n".join(["", *verdicts(found, entrants)]))
     return 0
 
 
@@ -261,6 +300,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module("longctx.bench_ring").main(words[1:])
     args = parser().parse_args(words)
     try:
+        if args.what == "redraw":
+            for path in redraw(args.results):
+                print(f"drawn: {path}")
+            return 0
         return run(args)
     except LongCtxError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

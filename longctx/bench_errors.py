@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -28,6 +29,9 @@ SMOKE_ERROR_CASES = (
     Case(batch=2, seq_len=48, heads=4, kv_heads=2, head_dim=16),
     Case(batch=2, seq_len=48, heads=4, kv_heads=2, head_dim=16, logits=50.0),
 )
+
+# What an error may be of the least yardstick's, for out, lse and every gradient.
+LIMIT = 1.1
 
 # Scores in float64 that are held at once, of one head.
 _SCORES = 1 << 27
@@ -146,12 +150,28 @@ def error_table(found: Sequence[CaseErrors], entrants: Sequence[Contender]) -> s
     return "\n".join([*text, *([""] if notes else []), *notes])
 
 
+def verdicts(found: Sequence[CaseErrors], entrants: Sequence[Contender]) -> list[str]:
+    """A line for each kernel of ours that has a yardstick beside it: its worst multiple, and whether that is within `LIMIT`."""
+    lines = []
+    for entrant in entrants:
+        seen = [
+            (multiple, f"{tensor} of {case.case.label}")
+            for case in found
+            if entrant.is_ours and entrant.name in case.errors
+            for tensor, multiple in ratios(case, entrant.name).items()
+        ]
+        if seen:
+            worst, where = max(seen)
+            word = "within" if worst <= LIMIT else "BEYOND"
+            lines.append(f"{entrant.title}: at most {worst:.3f} x ({where}), {word} {LIMIT:g}")
+    return lines
+
+
 def error_rows(found: CaseErrors, **where) -> list[Measurement]:
-    """One case's errors as measurements; `where`: the columns of `results.environment`."""
-    return [
-        Measurement(
-            name=f"errors/{name}", config=found.case.label, metric=tensor, value=error, unit="relative", **where
-        )
-        for name, errors in found.errors.items()
-        for tensor, error in errors.items()
-    ]
+    """One case's errors, and their multiples of the yardstick's, as measurements; `where`: `results.environment`'s columns."""
+    rows = []
+    for name, errors in found.errors.items():
+        of = partial(Measurement, name=f"errors/{name}", config=found.case.label, **where)
+        rows += [of(metric=tensor, value=error, unit="relative") for tensor, error in errors.items()]
+        rows += [of(metric=f"{tensor} ratio", value=x, unit="x") for tensor, x in ratios(found, name).items()]
+    return rows

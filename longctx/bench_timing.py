@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from longctx.peers import Case, Contender, Gradients, Prepared, Unavailable, reasons
 
+# What is measured of every contender.
+TIMED = ("forward", "backward", "forward+backward")
 # A relative RMS error of bf16 attention is about 3e-3; a wrong mask, scale or head is beyond 1e-1.
 WRONG = 2e-2
 SAMPLED_ROWS = 16
 # A call longer than this is timed three times instead of for 100 ms: its own length steadies it.
 LONG_MS = 200.0
-# Forwards and backwards that are run of a long call: to check, to warm up, three to time.
-_LONG_RUNS = 5
+# A forward and a backward that take longer than this together are timed once: the runs before have warmed up.
+VERY_LONG_S = 1.0
 
 
 @dataclass
@@ -31,25 +35,39 @@ class CaseResult:
     wrong: list[str] = field(default_factory=list)
 
 
+def _runs(seconds: float) -> int:
+    """How often a long forward and backward are run: to compile, to check, and to warm up and time."""
+    return 3 if seconds > VERY_LONG_S else 6
+
+
 class Budget:
-    """The time that one contender may take for one case, and what is known of each one's speed.
+    """The time that one contender may take for one case, and all of them together; what is known of each one's speed.
 
     A contender is not started where its last speed under the same mask and head dim lets expect more than that, nor timed
     where its first forward and backward have shown it.
 
     Args:
         seconds: for all runs of a contender in a case.
+        total: for all that is measured from now on. What does not fit is left out, with that reason.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, total: float = math.inf) -> None:
+        self.seconds, self.total = seconds, total
+        self._end = time.perf_counter() + total
         self._flops_per_second: dict[tuple, float] = {}
+
+    @property
+    def left(self) -> float:
+        """Seconds of the total that remain."""
+        return self._end - time.perf_counter()
 
     def refuse_predicted(self, entrant: Contender, case: Case) -> None:
         """
         Raises:
             Unavailable: saying what is expected, and of which speed.
         """
+        if self.left <= 0:
+            raise Unavailable(f"left for another call: the {self.total:g} s of --time are over")
         speed = self._flops_per_second.get(self._key(entrant, case))
         if speed is not None:
             self._refuse(3.5 * case.forward_flops / speed, f"at its last {speed / 1e12:.3g} TFLOP/s")
@@ -66,14 +84,32 @@ class Budget:
         self._refuse(seconds, "by its first forward and backward")
 
     def _refuse(self, seconds: float, why: str) -> None:
-        if _LONG_RUNS * seconds > self.seconds:
+        expected = _runs(seconds) * seconds
+        if expected > self.seconds:
+            raise Unavailable(f"skipped: {expected:.0f} s expected {why}, more than the {self.seconds:g} s of --budget")
+        if expected > self.left:
             raise Unavailable(
-                f"skipped: {_LONG_RUNS * seconds:.0f} s expected {why}, more than the {self.seconds:g} s of --budget"
+                f"left for another call: {expected:.0f} s expected {why}, and {max(0.0, self.left):.0f} s remain of --time"
             )
 
     @staticmethod
     def _key(entrant: Contender, case: Case) -> tuple:
         return entrant.name, case.mask, case.head_dim
+
+
+class _Inputs:
+    """A case's tensors and what results are held against, made when the first contender needs them."""
+
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
+        self.case, self.device, self.dtype = case, device, dtype
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.case.inputs(self.device, self.dtype)
+
+    @cached_property
+    def oracle(self) -> SampledRows:
+        return SampledRows(self.case, **self.tensors)
 
 
 def measure(
@@ -84,26 +120,31 @@ def measure(
     *,
     budget: Budget | None = None,
     with_parts: bool = True,
+    kept: Mapping[str, dict[str, float]] | None = None,
 ) -> CaseResult:
     """Every contender on one case: checked first, then timed. One that fails leaves its reason.
 
     Args:
         budget: of a run over several cases; None: no limit.
         with_parts: also time what `Prepared.parts` names.
+        kept: what contenders reached in an earlier run, by metric: these are not run again.
     """
     result = CaseResult(case)
     budget = Budget(float("inf")) if budget is None else budget
-    tensors = case.inputs(device, dtype)
-    oracle = SampledRows(case, **tensors)
+    inputs = _Inputs(case, device, dtype)
     for entrant in entrants:
+        if kept and entrant.name in kept:
+            result.tflops[entrant.name] = dict(kept[entrant.name])
+            budget.record(entrant, case, 3.5 * case.forward_flops / kept[entrant.name]["forward+backward"] / 1e12)
+            continue
         said: list[str] = []
         prepared: Prepared | None = None
         try:
             with reasons() as said:
                 budget.refuse_predicted(entrant, case)
-                prepared = entrant.prepare(case, **tensors)
-                _check_in_time(case, entrant, prepared, oracle, device, budget)
-                result.tflops[entrant.name] = _timed(case, prepared, device, with_parts)
+                prepared = entrant.prepare(case, **inputs.tensors)
+                seconds = _check_in_time(case, entrant, prepared, inputs, budget)
+                result.tflops[entrant.name] = _timed(case, prepared, device, with_parts, seconds)
         except WrongResult as error:
             result.refused[entrant.name] = f"WRONG RESULT: {error}"
             result.wrong.append(entrant.name)
@@ -114,26 +155,30 @@ def measure(
     return result
 
 
-def _check_in_time(
-    case: Case, entrant: Contender, prepared: Prepared, oracle: SampledRows, device: torch.device, budget: Budget
-) -> None:
+def _check_in_time(case: Case, entrant: Contender, prepared: Prepared, inputs: _Inputs, budget: Budget) -> float:
+    """Seconds of a forward and a backward, whose results are right."""
+    oracle = inputs.oracle
+    if inputs.device.type == "cuda":
+        torch.cuda.synchronize(inputs.device)
     # What there was to compile was compiled when it was prepared.
     began = time.perf_counter()
     out, gradients = prepared.forward(), prepared.backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if inputs.device.type == "cuda":
+        torch.cuda.synchronize(inputs.device)
     seconds = time.perf_counter() - began
     budget.record(entrant, case, seconds)
     oracle.check(out, gradients)
     budget.refuse_measured(seconds)
+    return seconds
 
 
-def _timed(case: Case, prepared: Prepared, device: torch.device, with_parts: bool) -> dict[str, float]:
+def _timed(case: Case, prepared: Prepared, device: torch.device, with_parts: bool, seconds: float) -> dict[str, float]:
     work = {"forward": case.forward_flops, "backward": 2.5 * case.forward_flops}
     calls: dict[str, Callable[[], object]] = {"forward": prepared.forward, "backward": prepared.backward}
     if with_parts:
         calls |= prepared.parts
-    ms = {metric: median_ms(call, device) for metric, call in calls.items()}
+    time_of = _once_ms if seconds > VERY_LONG_S else median_ms
+    ms = {metric: time_of(call, device) for metric, call in calls.items()}
     tflops = {metric: work[metric.removeprefix("block ")] / took / 1e9 for metric, took in ms.items()}
     # One after the other on one stream: the time of both is the sum.
     tflops["forward+backward"] = sum(work.values()) / (ms["forward"] + ms["backward"]) / 1e9
@@ -151,12 +196,16 @@ def median_ms(call: Callable[[], object], device: torch.device) -> float:
             return statistics.median([once, _event_ms(call), _event_ms(call)])
         # do_bench runs `rep` ms; a call of 100 ms would run once.
         return float(do_bench(call, warmup=20, rep=max(100.0, 5.5 * once), return_mode="median"))
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - began))
+    times = [_once_ms(call, device) for _ in range(4)]
     return statistics.median(times[1:])
+
+
+def _once_ms(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        return _event_ms(call)
+    began = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - began)
 
 
 def _event_ms(call: Callable[[], object]) -> float:

@@ -3,7 +3,7 @@
 `benchmarks/results/*.csv` is the only place that numbers live in. `python -m longctx.results --write` puts them into the
 README between `<!-- table: NAME -->` and `<!-- end -->`; `--check` fails where the README says something else.
 `--from-run RUN_DIR --name NAME` adds what a training run measured to `training.csv`. `--rules` prints by which measured
-speeds `kernel = "auto"` should choose, as the lines of `longctx/kernels/choice.py`.
+speeds `kernel = "auto"` should choose, as the lines of `longctx/kernels/choice.py`; `--write-rules` writes them there.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from longctx.metrics import WARMUP_STEPS, read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+CHOICE = ROOT / "longctx" / "kernels" / "choice.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +245,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--write", action="store_true", help="make the README's tables from the CSV files")
     what.add_argument("--check", action="store_true", help="exit 1 if the README says something else than the files")
     what.add_argument("--rules", action="store_true", help="print the table of longctx/kernels/choice.py")
+    what.add_argument("--write-rules", action="store_true", help="write it there")
     what.add_argument("--from-run", type=Path, metavar="RUN_DIR", help="add a training run's figures to training.csv")
     p.add_argument(
         "--losses", type=int, default=0, metavar="N", help="with --from-run: the first N losses to losses.csv"
@@ -252,13 +254,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--name", help="what --from-run calls the system (longctx)", default="longctx")
     p.add_argument("--results", type=Path, default=RESULTS, help="folder of CSV files")
     p.add_argument("--readme", type=Path, default=README)
+    p.add_argument("--choice", type=Path, default=CHOICE, help="the module that --write-rules changes")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m longctx.results`; returns the exit code."""
     # Here: the tables are made of what this module reads.
-    from longctx.tables import render, rules_text, with_unit
+    from longctx.tables import render, rules_text, with_rules, with_unit
 
     args = parser().parse_args(argv)
     try:
@@ -274,6 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.rules:
             print(rules_text(read(args.results)))
+            return 0
+        if args.write_rules:
+            args.choice.write_text(with_rules(args.choice.read_text(), read(args.results)))
             return 0
         if not args.readme.exists():
             raise ConfigError(f"no such file: {args.readme}; name one with --readme")

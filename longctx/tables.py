@@ -32,7 +32,7 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _provenance(rows: Sequence[Measurement]) -> str:
+def provenance(rows: Sequence[Measurement]) -> str:
     """Where and when the newest of our own rows was measured."""
     own = [row for row in rows if not row.source]
     if not own:
@@ -65,8 +65,9 @@ def attention_table(rows: Sequence[Measurement]) -> str:
         here = latest([r for r in rows if r.gpu == gpu and not r.source])
         anchors = latest([r for r in rows if r.gpu == gpu and r.source])
         cells: dict[tuple[str, str], dict[str, str]] = {}
+        commit = max(here, key=lambda row: row.date).commit if here else ""
         for row in (*anchors, *here):
-            mark = "*" if row.source else ""
+            mark = "*" if row.source else "" if row.commit == commit else "†"
             cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = f"{row.value:.0f}{mark}"
         known = {**_ATTENTION_COLUMNS, **{s: s for _, s in cells if s not in _ATTENTION_COLUMNS}}
         systems = [s for s in known if any(system == s for _, system in cells) or s in ("triton", "cudnn")]
@@ -80,11 +81,13 @@ def attention_table(rows: Sequence[Measurement]) -> str:
                 if system == "matmul" and got:
                     line[-1] = got["forward"]
             body.append(line)
-        note = _provenance(here) or f"{gpu}; ours not measured yet"
+        note = provenance(here) or f"{gpu}; ours not measured yet"
         tables.append(
             f"{note}; TFLOP/s forward / backward, bf16\n\n{markdown(['batch x length, heads, mask', *(known[s] for s in systems)], body)}"
         )
     footnote = "`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`); all other figures of a row come from one run."
+    if "†" in "".join(tables):
+        footnote += " `†` measured with an earlier commit, in another run."
     return "\n\n".join([*tables, footnote])
 
 
@@ -149,12 +152,34 @@ def kernel_rules(rows: Sequence[Measurement]) -> dict[tuple[int, int], Table]:
 
 def rules_text(rows: Sequence[Measurement]) -> str:
     """`kernel_rules` as the lines that `longctx/kernels/choice.py` holds, with where they come from."""
-    lines = [f"# {_provenance([row for row in rows if row.gpu in _DECIDING_GPUS])}"]
+    lines = [f"# {provenance([row for row in rows if row.gpu in _DECIDING_GPUS])}"]
     for capability, table in kernel_rules(rows).items():
         lines += [f"    {capability}: {{"]
         lines += [f"        {shape}: {pair},".replace("'", '"') for shape, pair in table.items()]
         lines += ["    },"]
     return "\n".join(lines)
+
+
+_RULES = re.compile(
+    r"(?P<before>\n)# From (?P<from>[^\n]*)\n(?P<open># fmt: off\nMEASURED[^\n]*\{\n).*?(?P<close>^\}\n# fmt: on\n)",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def with_rules(text: str, rows: Sequence[Measurement]) -> str:
+    """`text`, the source of `longctx/kernels/choice.py`, with the table that the measurements make.
+
+    Raises:
+        ConfigError: it holds no such table, or there is nothing to choose by.
+    """
+    where, *lines = rules_text(rows).splitlines()
+    if not lines:
+        raise ConfigError("no measurements to choose a kernel by: run longctx bench attention --csv on a GPU first")
+    found = _RULES.search(text)
+    if found is None:
+        raise ConfigError("there is no table MEASURED between `# fmt: off` and `# fmt: on`, after a line `# From ...`")
+    table = f"\n# From {where.removeprefix('# ')}.\n{found['open']}" + "\n".join(lines) + f"\n{found['close']}"
+    return text[: found.start()] + table + text[found.end() :]
 
 
 _TRAINING_METRICS = {"tokens/s": "tokens/s", "mfu": "MFU", "mfu dense": "MFU if dense", "memory": "peak memory"}
@@ -177,7 +202,7 @@ def training_table(rows: Sequence[Measurement]) -> str:
             ]
             body.append([*line, *(with_unit(got[m]) if m in got else "-" for m in _TRAINING_METRICS)])
     table = markdown(["model, sequence", "GPUs", "system", *_TRAINING_METRICS.values()], body)
-    note = _provenance(rows)
+    note = provenance(rows)
     return "\n\n".join(
         filter(None, [table, "`*` from `benchmarks/results/anchors.csv`." + (f" Ours: {note}." if note else "")])
     )
@@ -207,7 +232,7 @@ def context_parallel_table(rows: Sequence[Measurement]) -> str:
         rates = [[got[m] for m in ("forward", "forward+backward") if m in got] for got in found]
         body.append([config, *(" / ".join(f"{x:.0f}" for x in of_system) or "-" for of_system in rates)])
     table = markdown(["batch x length, heads, mask", *systems], body)
-    return f"{_provenance(rows)}; TFLOP/s per GPU forward / forward+backward, bf16\n\n{table}"
+    return f"{provenance(rows)}; TFLOP/s per GPU forward / forward+backward, bf16\n\n{table}"
 
 
 def ring_table(rows: Sequence[Measurement]) -> str:
@@ -293,8 +318,45 @@ def numerics_table(rows: Sequence[Measurement]) -> str:
     return markdown(header, body)
 
 
+_ERROR_TENSORS = ("out", "lse", "dq", "dk", "dv")
+
+
+def errors_table(rows: Sequence[Measurement]) -> str:
+    """Errors of one GPU's kernels against float64: ours, with the multiples of the least of cuDNN's and FA4's in brackets."""
+    rows = latest([row for row in rows if row.name.startswith("errors/")])
+    if not rows:
+        return "Not measured yet."
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = row.value
+    known = {name: _ATTENTION_COLUMNS.get(name, name) for _, name in cells}
+    body = [
+        [config, known[name], *(_error_cell(got, tensor) for tensor in _ERROR_TENSORS)]
+        for (config, name), got in cells.items()
+    ]
+    table = markdown(["batch x length, heads, mask", "kernel", *_ERROR_TENSORS], body)
+    worst = {
+        name: max(
+            (x for (_, other), got in cells.items() if other == name for m, x in got.items() if m.endswith(" ratio")),
+            default=None,
+        )
+        for name in kernel_names()
+    }
+    said = ", ".join(f"{known[name].strip('*')} {x:.2f} x" for name, x in worst.items() if x is not None)
+    note = f"{provenance(rows)}; RMS error over RMS size, bf16" + (f". At most: {said}" if said else "")
+    return f"{note}\n\n{table}"
+
+
+def _error_cell(got: dict[str, float], tensor: str) -> str:
+    if tensor not in got:
+        return "-"
+    ratio = got.get(f"{tensor} ratio")
+    return f"{got[tensor]:.1e}" + (f" ({ratio:.2f} x)" if ratio is not None else "")
+
+
 TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
     "attention": attention_table,
+    "errors": errors_table,
     "training": training_table,
     "ring": ring_table,
     "context-parallel": context_parallel_table,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -10,16 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench_contenders import CPU, SMALL, Broken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx import bench, bench_errors, bench_timing, peers, predecessors, results, tables
+from longctx import bench, bench_errors, figures, peers, predecessors, results, tables
 from longctx.kernels import kernel_names
-from longctx.peers import Case, Contender, Ours, Prepared, Unavailable
+from longctx.peers import Case, Ours, Unavailable
 from longctx.results import read
-
-CPU = torch.device("cpu")
-SMALL = Case(batch=2, seq_len=40, heads=4, kv_heads=2, head_dim=16)
 
 
 class TestCase:
@@ -61,7 +58,10 @@ class TestCase:
         assert {(c.head_dim, c.mask) for c in cases} == {(d, m) for d in (64, 128) for m in ("causal", "full")}
         assert {c.batch * c.seq_len for c in cases if c.seq_len <= 1 << 14} == {1 << 14}
         assert {c.batch for c in cases if c.seq_len > 1 << 14} == {1}
-        assert {c.heads * c.head_dim for c in cases if c.seq_len <= 1 << 17} == {2048}
+        assert {c.heads * c.head_dim for c in cases if c.seq_len <= 1 << 16} == {2048}
+        assert {c.heads for c in cases if c.seq_len >= 1 << 19} == {1}
+        # The short ones first: what a short call measures is whole.
+        assert [c.seq_len for c in cases] == sorted(c.seq_len for c in cases)
         assert max(c.forward_flops for c in cases) <= 1.2e15
         assert {c.seq_len for c in bench.sweep_cases(1000)} == {512}
 
@@ -107,20 +107,6 @@ def test_flex_block_masks_are_exact(seq_len, mask, window):
     # Full blocks never ask the mask function; everywhere else it must be the mask.
     if mask != "full":
         assert torch.equal(block_mask.mask_mod(0, 0, q, k), dense)
-
-
-class Broken(Contender):
-    """The reference with one error put in."""
-
-    name, title = "broken", "broken"
-
-    def __init__(self, spoil):
-        self.spoil = spoil
-
-    def prepare(self, case, q, k, v, dout):
-        good = Ours("reference").prepare(case, q, k, v, dout)
-        results = self.spoil(good.forward(), *good.backward())
-        return Prepared(forward=lambda: results[0], backward=lambda: results[1:])
 
 
 class TestMeasure:
@@ -181,65 +167,6 @@ class TestMeasure:
         assert set(result.tflops) == {"fa2", "reference"}, result.refused
 
 
-class TestBudget:
-    """No contender takes more than its time, and the table says whom that stopped."""
-
-    CASES = tuple(
-        Case(batch=1, seq_len=n, heads=2, kv_heads=2, head_dim=16, mask="full") for n in (32, 64, 128)
-    )  # fmt: skip
-
-    @pytest.fixture
-    def clock(self, monkeypatch):
-        """Time that passes only where a contender says so."""
-        now = [0.0]
-        monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: now[0])
-        return now
-
-    def slow(self, clock, flops_per_second, called="slow"):
-        """The reference, at so many FLOP/s."""
-        calls = []
-
-        class Slow(Broken):
-            name = called
-
-            def prepare(self, case, **tensors):
-                prepared = Ours("reference").prepare(case, **tensors)
-                good = prepared.forward(), prepared.backward()
-
-                def spend(share, result):
-                    clock[0] += share * case.forward_flops / flops_per_second
-                    calls.append(case.seq_len)
-                    return result
-
-                return Prepared(forward=lambda: spend(1, good[0]), backward=lambda: spend(2.5, good[1]))
-
-        return Slow(None), calls
-
-    def test_a_slow_contender_is_skipped_by_what_it_showed(self, clock):
-        # A forward and a backward of the first case take a second, of the second four, of the third sixteen.
-        speed = 3.5 * self.CASES[0].forward_flops
-        slow, calls = self.slow(clock, speed)
-        quick, _ = self.slow(clock, 100 * speed, called="quick")
-        budget = bench_timing.Budget(15.0)
-        found = [bench.measure(case, [slow, quick], CPU, torch.float32, budget=budget) for case in self.CASES]
-        assert found[0].tflops["slow"]["forward"] == pytest.approx(speed / 1e12)
-        assert "skipped: 20 s expected at its last" in found[1].refused["slow"]
-        assert "more than the 15 s of --budget" in found[1].refused["slow"]
-        assert "skipped: 80 s expected" in found[2].refused["slow"]
-        assert set(calls) == {32}
-        assert all("quick" in r.tflops for r in found)
-
-    def test_a_first_case_that_takes_too_long_is_run_once(self, clock):
-        slow, calls = self.slow(clock, self.CASES[0].forward_flops)
-        result = bench.measure(self.CASES[0], [slow], CPU, torch.float32, budget=bench_timing.Budget(15.0))
-        assert "skipped: 18 s expected by its first forward and backward" in result.refused["slow"]
-        assert calls == [32, 32]
-
-    def test_without_a_budget_everything_is_measured(self, clock):
-        slow, _ = self.slow(clock, 1.0)
-        assert bench.measure(self.CASES[0], [slow], CPU, torch.float32).refused == {}
-
-
 class TestPredecessors:
     @pytest.mark.parametrize("mask", ["causal", "full", "window", "docs"])
     def test_the_formula(self, mask):
@@ -282,54 +209,6 @@ for mask, seq_len in (("causal", 150), ("full", 150), ("causal", 7)):
         ]  # fmt: skip
 
 
-class TestErrors:
-    CASE = Case(batch=2, seq_len=50, heads=4, kv_heads=2, head_dim=16, mask="window", window=9)
-
-    def test_the_truth_is_that_of_autograd(self, monkeypatch):
-        """In pieces of a few rows, under a mask that hides keys on both sides."""
-        monkeypatch.setattr(bench_errors, "_SCORES", 7 * 50)
-        tensors = {name: t.double() for name, t in self.CASE.inputs(CPU, torch.float32).items()}
-        got = bench_errors.truth(self.CASE, **tensors)
-        q, k, v = (tensors[n].requires_grad_() for n in "qkv")
-        s = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * self.CASE.scale
-        s = s.masked_fill(~self.CASE.rule.materialize(50), -math.inf)
-        out = torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v.repeat_interleave(2, 2))
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), tensors["dout"])
-        want = {
-            "out": out[0, :, :2], "lse": s.logsumexp(-1)[0, :2], "dq": dq[0, :, :2], "dk": dk[0, :, 0], "dv": dv[0, :, 0],
-        }  # fmt: skip
-        for name, x in want.items():
-            assert (got[name] - x).abs().max() <= 1e-12, name
-
-    def test_an_error_is_measured_as_large_as_it_is(self):
-        def spoil(out, dq, dk, dv):
-            return out * 1.01, dq * 0.98, dk * 1.03, dv * 0.5
-
-        found = bench_errors.measure_errors(self.CASE, [Ours("reference"), Broken(spoil)], CPU, torch.float32)
-        assert set(found.errors["reference"]) == set(bench_errors.TENSORS)
-        assert max(found.errors["reference"].values()) < 1e-6
-        spoiled = found.errors["broken"]
-        # The stand-in gives no lse.
-        assert spoiled == pytest.approx({"out": 0.01, "dq": 0.02, "dk": 0.03, "dv": 0.5}, rel=1e-4)
-
-    def test_ratios_are_of_the_least_yardstick(self):
-        found = bench_errors.CaseErrors(
-            self.CASE,
-            {
-                "cudnn-torch": {"out": 2e-3, "lse": 1e-6},
-                "fa4": {"out": 4e-3},
-                "x": {"out": 3e-3, "lse": 2e-6, "dq": 1.0},
-            },
-        )
-        assert bench_errors.ratios(found, "x") == pytest.approx({"out": 1.5, "lse": 2.0})
-
-    def test_peers_give_their_lse(self):
-        fa2 = next(c for c in peers.contenders(()) if c.name == "fa2")
-        case = Case(batch=2, seq_len=48, heads=4, kv_heads=2, head_dim=16)
-        found = bench_errors.measure_errors(case, [fa2], CPU, torch.float32)
-        assert found.errors["fa2"]["lse"] < 1e-6, found.refused
-
-
 class TestCommand:
     def test_smoke(self, tmp_path, capsys):
         """Every contender, the table, the CSV and the figure."""
@@ -346,31 +225,46 @@ class TestCommand:
         assert all(r.unit == "TFLOP/s" and r.value > 0 for r in rows)
         assert png.read_bytes()[:4] == b"\x89PNG"
 
-    def test_a_sweep_is_drawn_again_from_its_file(self, tmp_path, capsys):
-        csv, first, again = (tmp_path / name for name in ("x.csv", "first.png", "again.png"))
-        words = ["attention", "--smoke", "--sweep", "--only", "standard", "reference"]
-        assert bench.main([*words, "--csv", str(csv), "--plot", str(first)]) == 0
+    def test_several_calls_fill_one_file(self, tmp_path, capsys, monkeypatch):
+        """A call without time measures nothing, the next ones what is missing, and the last nothing more."""
+        csv, png = tmp_path / "sweep.csv", tmp_path / "first.png"
+        words = ["attention", "--smoke", "--sweep", "--resume", "--commit", "abc", "--csv", str(csv)]
+        assert bench.main([*words, "--only", "reference", "--time", "0"]) == 0
+        assert "left for another call: the 0 s of --time are over" in capsys.readouterr().out
+        assert {r.name for r in read(csv)} == {"sweep/matmul"}
+        assert bench.main([*words, "--only", "reference", "--rows", "32,"]) == 0
+        half = read(csv)
+        assert {r.config for r in half if r.name == "sweep/reference"} == {
+            c.label for c in bench.smoke_sweep() if c.seq_len == 32
+        }
+        assert bench.main([*words, "--only", "standard", "reference"]) == 0
+        whole = read(csv)
+        assert whole[: len(half)] == half
+        assert len(whole) == 1 + 2 * 4 * 3, "every contender, case and metric once"
+        capsys.readouterr()
+        assert bench.main([*words, "--only", "standard", "reference", "--plot", str(png)]) == 0
         out = capsys.readouterr().out
-        rows = read(csv)
-        assert {r.name for r in rows} == {"sweep/matmul", "sweep/standard", "sweep/reference"}
-        assert {r.metric for r in rows} == {"forward", "backward", "forward+backward"}
+        assert read(csv) == whole
         for case in bench.smoke_sweep():
             assert case.label in out
-        assert bench.main(["attention", "--redraw", str(csv), "--plot", str(again)]) == 0
-        assert first.read_bytes()[:4] == again.read_bytes()[:4] == b"\x89PNG"
         # Nothing of it goes into the README's table.
-        assert tables.attention_table(rows) == "Not measured yet."
+        assert tables.attention_table(whole) == "Not measured yet."
+        # Other code: everything is measured again.
+        words[words.index("abc")] = "def"
+        assert bench.main([*words, "--only", "reference", "--rows", "32,"]) == 0
+        assert len(read(csv)) == len(whole) + 1 + 2 * 3
+        drawn = figures.digest_in(png)
+        assert (
+            drawn == figures.sweep_lines(whole, {"standard": "standard (torch)", "reference": "ours: reference"}).digest
+        )
 
-    def test_errors_are_printed_and_written(self, tmp_path, capsys):
-        csv = tmp_path / "x.csv"
-        words = ["attention", "--smoke", "--errors", "--only", "fa2", "reference", "--csv", str(csv)]
-        assert bench.main(words) == 0
-        out = capsys.readouterr().out
-        assert "logits of 50" in out
-        rows = read(csv)
-        assert {r.name for r in rows} == {"errors/fa2", "errors/reference"}
-        assert {r.metric for r in rows} == set(bench_errors.TENSORS)
-        assert all(0 < r.value < 1e-4 for r in rows)
+    def test_rows_are_taken_by_a_part_of_their_name(self, capsys):
+        rows = bench._cases(bench.parser().parse_args(["attention", "--rows", "docs", "window"]))
+        assert rows == list(bench.DEFAULT_CASES[-2:])
+        rows = bench._cases(bench.parser().parse_args(["attention", "--errors", "--rows", "1 x 128k"]))
+        assert [c.logits for c in rows] == [None, 50.0]
+        assert bench.main(["attention", "--smoke", "--rows", "2 x 48", "64k"]) == 2
+        assert "ConfigError: --rows '64k' is in none of:\n  1 x 64, 2/1 heads of 16, causal" in capsys.readouterr().err
 
     def test_options_make_cases(self):
         words = ["attention", "--shapes", "4x8k", "64", "--dim", "64", "128", "--heads", "8", "--kv-heads", "2"]
@@ -401,10 +295,11 @@ class TestCommand:
                 "ConfigError: --heads 4 is not a multiple of --kv-heads 3",
             ),
             (["--smoke", "--sweep", "--dim", "64"], "ConfigError: --sweep has shapes of its own"),
-            (["--smoke", "--errors", "--plot", "x.png"], "ConfigError: --errors draws nothing"),
-            (["--redraw", "x.csv"], "ConfigError: --redraw needs --plot"),
+            (["--smoke", "--errors", "--plot", "x.png"], "ConfigError: --errors knows no --plot"),
+            (["--smoke", "--errors", "--resume"], "ConfigError: --errors knows no --resume"),
+            (["--smoke", "--resume"], "ConfigError: --resume needs --csv"),
         ],
-        ids=["only", "heads", "sweep", "errors", "redraw"],
+        ids=["only", "heads", "sweep", "errors", "errors_resume", "resume"],
     )
     def test_bad_options_are_refused(self, capsys, words, message):
         assert bench.main(["attention", *words]) == 2
@@ -443,16 +338,3 @@ def test_on_a_gpu_predecessors_agree(mask, head_dim):
     result = bench.measure(case, predecessors.sweep_contenders(("triton",)), torch.device("cuda"), torch.bfloat16)
     assert {"standard", "fa1", "fa2", "triton"} <= set(result.tflops), result.refused
     assert result.wrong == []
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_errors_are_those_of_rounding():
-    case = Case(batch=1, seq_len=1000, heads=4, kv_heads=2, head_dim=64, logits=50.0)
-    entrants = [c for c in peers.contenders(("triton", "cudnn")) if c.name != "flex"]
-    found = bench_errors.measure_errors(case, entrants, torch.device("cuda"), torch.bfloat16)
-    assert {"fa2", "cudnn-torch", "triton", "cudnn"} <= set(found.errors), found.refused
-    for errors in found.errors.values():
-        assert set(errors) == set(bench_errors.TENSORS)
-        assert errors["lse"] < 1e-4
-        assert max(errors.values()) < 2e-2
-    assert set(bench_errors.ratios(found, "triton")) == set(bench_errors.TENSORS)

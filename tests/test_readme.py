@@ -72,11 +72,13 @@ def _longctx(words):
         assert check.prepare(rest).case.plan.world_size == int(rest[rest.index("--nproc") + 1])
     elif command == "bench" and "--smoke" in rest:
         assert bench.main(rest) == 0
+    elif command == "bench" and rest[0] == "redraw":
+        assert list(bench.parser().parse_args(rest).results.glob("*.csv"))
     elif command == "bench":
         of_ring = rest[0] == "ring"
         module = bench_ring if of_ring else bench
         args = module.parser().parse_args(rest[1:] if of_ring else rest)
-        assert bench.cases_of(args, module.DEFAULT_CASES)
+        assert bench.cases_of(args, module.DEFAULT_CASES) if of_ring else bench._cases(args)
         assert module._entrants(args)
     elif command == "import":
         assert import_parser().parse_args(rest).config

@@ -128,6 +128,17 @@ class TestTables:
             assert "310 / -" in text
             assert "300" not in text
 
+    def test_figures_of_an_earlier_commit_are_marked(self):
+        rows = [
+            row(name="attention/flex", value=390.4, commit="old", date="2025-01-01T00:00:00Z"),
+            row(name="attention/fa4", value=642.0, source="measured earlier", commit="", date=""),
+            row(value=402.4),
+        ]
+        text = tables.attention_table(rows)
+        assert "| 390† / - | 642* / - | 402 / - |" in text
+        assert "`†` measured with an earlier commit, in another run." in text
+        assert "†" not in tables.attention_table(rows[1:])
+
     def test_training_shows_peers_and_ours(self):
         here = {"name": "train/longctx", "config": "1.24B parameters, 64k tokens"}
         rows = [
@@ -327,6 +338,7 @@ def test_every_results_file_can_be_read():
             "faults",
             "numerics",
             "sweep",
+            "errors",
             "ring",
         }, f"{r.name} is shown in no table or figure"
         # What messages add is a difference of two times.

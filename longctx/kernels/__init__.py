@@ -178,13 +178,6 @@ def block_kind(key_range: KeyRange) -> str:
     return "rectangle" if key_range.rectangle else key_range.kind
 
 
-def begin_fresh(acc: torch.Tensor, keys: slice) -> torch.Tensor:
-    """The part of a fresh accumulator ("b sk hk d") that a block of `keys` writes; the keys around it are set to 0."""
-    acc[:, : keys.start].zero_()
-    acc[:, keys.stop :].zero_()
-    return acc[:, keys]
-
-
 def check_softcap(softcap: float) -> float:
     """`softcap` as a float.
 

@@ -2,7 +2,7 @@
 
 Forward and backward are chosen apart. What was measured stands in `MEASURED`; a block is compared with the nearest shape
 there. A kernel that was not measured comes after those that were, in the registry's order. To refill the table after new
-measurements: `python -m longctx.results --rules`, whose output a test compares with this file.
+measurements: `python -m longctx.results --write-rules`; a test compares it with the measurements.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Speeds = tuple[dict[str, int], dict[str, int]]
 Table = dict[tuple[int, str, int], Speeds]
 
 # Compute capability -> table. Means over the cases of benchmarks/results/{attention,sweep}.csv with that head dim, mask and length,
-# whatever their batch and heads; bf16, which stands for fp16 too. NVIDIA H100 80GB HBM3, triton 3.6.0, commit 17aac74,
-# 2026-11-23, `longctx bench attention` and `longctx bench attention --sweep 16k`.
+# whatever their batch and heads; bf16, which stands for fp16 too; by `longctx bench attention` and `longctx bench attention --sweep`.
+# From NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0, commit 17aac74, 2026-11-23.
 # fmt: off
 MEASURED: dict[tuple[int, int], Table] = {
     (9, 0): {

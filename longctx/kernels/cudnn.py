@@ -13,9 +13,9 @@ from functools import cache
 
 import torch
 
-from longctx.errors import KernelError
-from longctx.kernels import Direction, SoftmaxState, begin_fresh, check_block, get_kernel
+from longctx.kernels import Direction, SoftmaxState, block_kind, get_kernel
 from longctx.kernels.merge import merge_block
+from longctx.kernels.pieces import Piece, PiecewiseAttention, add_gradients, plain_pieces, refuse_softcap
 from longctx.masks import KeyRange
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _LARGE_HEADS_VERSION = 91900
 _NO_SOFTCAP = "torch's interface to it has no softcap"
 
 
-class CudnnAttention:
+class CudnnAttention(PiecewiseAttention):
     """cuDNN's fused attention: fp16 and bf16, head dims that are multiples of 8 up to 128, and 256 on Hopper.
 
     Blocks must be empty, causal, or a rectangle: an interval of rows that see one interval of keys. Error grows by one
@@ -63,105 +63,42 @@ class CudnnAttention:
             return f"it knows blocks that are {', '.join(_KINDS)}, not {kind!r}"
         return _NO_SOFTCAP if softcap else None
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        key_range: KeyRange,
-        *,
-        scale: float,
-        softcap: float = 0.0,
-        state: SoftmaxState | None = None,
-        final: bool = False,
-    ) -> SoftmaxState:
-        check_block(q, k, v)
-        _refuse_softcap(softcap)
-        for rows, keys, is_causal in _parts(key_range, q, k):
-            part = q[:, rows], k[:, keys], v[:, keys]
-            if _too_short(*part[:2]):
-                state = SoftmaxState.empty_like(q) if state is None else state
-                part_state = SoftmaxState(state.out[:, rows], state.lse[:, :, rows])
-                visible = KeyRange.causal() if is_causal else KeyRange.full()
-                get_kernel("triton").forward(*part, visible, scale=scale, state=part_state)
-                continue
-            out, lse = _forward(*part, is_causal, scale)
-            if state is None and out.shape == q.shape:
-                out = out.to(q.dtype if final else torch.float32, memory_format=torch.contiguous_format)
-                state = SoftmaxState(out, lse)
-                continue
-            state = SoftmaxState.empty_like(q) if state is None else state
-            merge_block(SoftmaxState(state.out[:, rows], state.lse[:, :, rows]), out, lse)
-        return SoftmaxState.empty_like(q) if state is None else state
+    def check_options(self, scale: float, softcap: float) -> None:
+        refuse_softcap(self.name, softcap, _NO_SOFTCAP)
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        key_range: KeyRange,
-        *,
-        scale: float,
-        softcap: float = 0.0,
-        out: torch.Tensor,
-        dq_acc: torch.Tensor,
-        dk_acc: torch.Tensor,
-        dv_acc: torch.Tensor,
-        fresh: bool = False,
-    ) -> None:
-        check_block(q, k, v, dout=dout, out=out)
-        _refuse_softcap(softcap)
-        parts = list(_parts(key_range, q, k))
-        if fresh and not parts:
-            dk_acc.zero_()
-            dv_acc.zero_()
-        for i, (rows, keys, is_causal) in enumerate(parts):
-            part = dout[:, rows], q[:, rows], k[:, keys], v[:, keys]
-            is_first = fresh and i == 0
-            dk_part, dv_part = (begin_fresh(acc, keys) if is_first else acc[:, keys] for acc in (dk_acc, dv_acc))
-            if _too_short(*part[1:3]):
-                visible = KeyRange.causal() if is_causal else KeyRange.full()
-                get_kernel("triton").backward(
-                    *part, lse[:, :, rows], delta[:, :, rows], visible, scale=scale, out=out[:, rows],
-                    dq_acc=dq_acc[:, rows], dk_acc=dk_part, dv_acc=dv_part, fresh=is_first,
-                )  # fmt: skip
-                continue
-            dq, dk, dv = _backward(*part, out[:, rows], lse[:, :, rows], is_causal, scale)
-            # One pass each, without an fp32 copy of the gradient.
-            dq_acc[:, rows].add_(dq)
-            for acc, grad in ((dk_part, dk), (dv_part, dv)):
-                if is_first:
-                    acc.copy_(grad)
-                else:
-                    acc.add_(grad)
-
-
-def _refuse_softcap(softcap: float) -> None:
-    if softcap:
-        raise KernelError(f"softcap is {softcap}, but kernel 'cudnn' has none ({_NO_SOFTCAP}); use kernel 'auto'")
-
-
-def _parts(key_range: KeyRange, q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, bool]]:
-    """(rows, keys, is_causal) of the pieces that a block is made of, each full or causal with as many keys as rows."""
-    sq, sk = q.shape[1], k.shape[1]
-    if q.numel() == 0 or k.numel() == 0 or key_range.kind == "empty":
-        return
-    if key_range.kind == "band":
+    def pieces(self, key_range: KeyRange, sq: int, sk: int) -> Iterator[Piece]:
+        """Each full, or causal with as many keys as rows."""
+        if key_range.kind != "band":
+            assert key_range.kind != "rows" or key_range.rectangle, "select_kernel gives it no other intervals"
+            yield from plain_pieces(key_range, sq, sk)
+            return
+        assert block_kind(key_range) == "causal", "select_kernel gives it no other bands"
         both = min(sq, sk)
-        yield slice(0, both), slice(0, both), True
+        yield Piece(slice(0, both), slice(0, both), KeyRange.causal())
         if sq > sk:
-            yield slice(sk, sq), slice(0, sk), False
-    elif key_range.kind == "full":
-        yield slice(0, sq), slice(0, sk), False
-    else:
-        found = key_range.rectangle
-        assert found is not None, "select_kernel gives cuDNN no other intervals than rectangles"
-        key_range.bounds(sq, sk)  # refuses intervals of other lengths
-        first_row, last_row, first_key, last_key = found
-        yield slice(first_row, last_row), slice(first_key, last_key), False
+            yield Piece(slice(sk, sq), slice(0, sk), KeyRange.full())
+
+    def attend(self, q, k, v, visible: KeyRange, *, scale, softcap, state, final) -> SoftmaxState:
+        if _too_short(q, k):
+            return get_kernel("triton").forward(q, k, v, visible, scale=scale, state=state, final=final)
+        out, lse = _forward(q, k, v, visible.kind == "band", scale)
+        if state is None:
+            out = out.to(q.dtype if final else torch.float32, memory_format=torch.contiguous_format)
+            return SoftmaxState(out, lse)
+        merge_block(state, out, lse)
+        return state
+
+    def differentiate(
+        self, dout, q, k, v, lse, delta, visible: KeyRange, *, scale, softcap, out, dq_acc, dk_acc, dv_acc, fresh
+    ) -> None:
+        if _too_short(q, k):
+            get_kernel("triton").backward(
+                dout, q, k, v, lse, delta, visible, scale=scale, out=out,
+                dq_acc=dq_acc, dk_acc=dk_acc, dv_acc=dv_acc, fresh=fresh,
+            )  # fmt: skip
+            return
+        grads = _backward(dout, q, k, v, out, lse, visible.kind == "band", scale)
+        add_gradients(dq_acc, dk_acc, dv_acc, grads, fresh)
 
 
 def _too_short(q: torch.Tensor, k: torch.Tensor) -> bool:

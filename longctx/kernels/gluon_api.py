@@ -19,6 +19,8 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from longctx.kernels.tiles import strides_of
+
 # Half-open. Compiled with 3.6.0 and 3.9.0; run on a GPU with 3.6.0.
 KNOWN_VERSIONS = ((3, 6), (3, 10))
 
@@ -49,6 +51,16 @@ def describe(t: torch.Tensor, shape: list[int], strides: list[int], tile: list[i
     if layout is None:
         layout = shared_layout(tile, t.dtype)
     return TensorDescriptor(t, shape, strides, tile, layout)
+
+
+def describe_heads(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of `t` "b s h d" that moves [rows, columns] of one head, addressed by (b, h, s, d).
+
+    Columns past d are zeros when read and dropped when written, so that no copy pads a head dim.
+    """
+    b, s, h, d = t.shape
+    sb, ss, sh, _ = strides_of(t)
+    return describe(t, [b, h, s, d], [sb, sh, ss, 1], [1, 1, rows, columns])
 
 
 def shared_layout(tile: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:

@@ -6,13 +6,12 @@ import itertools
 import logging
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 
-from longctx.kernels import Direction, SoftmaxState, begin_fresh, check_block, check_softcap, get_kernel
+from longctx.kernels import Direction, SoftmaxState, get_kernel
+from longctx.kernels.pieces import PiecewiseAttention, check_scale
 from longctx.kernels.tiles import can_describe
-from longctx.kernels.triton_attention import check_scale, nothing_to_do
 from longctx.masks import KeyRange
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ VALIDATED: frozenset[tuple[str, torch.dtype, int, str]] = frozenset(
 
 
 @dataclass(frozen=True)
-class HopperAttention:
+class HopperAttention(PiecewiseAttention):
     """FlashAttention-3-style kernels for compute capability 9.0; see `BlockAttention`.
 
     fp16 and bf16, head dims that are multiples of 8 up to 256, any length, every kind of key range. The forward is
@@ -71,90 +70,29 @@ class HopperAttention:
             return f"its {direction} was not validated for {dtype}, head dims up to {padded}, {kind} blocks"
         return None
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        key_range: KeyRange,
-        *,
-        scale: float,
-        softcap: float = 0.0,
-        state: SoftmaxState | None = None,
-        final: bool = False,
-    ) -> SoftmaxState:
-        check_block(q, k, v)
+    def check_options(self, scale: float, softcap: float) -> None:
         check_scale(scale)
-        check_softcap(softcap)
-        if nothing_to_do(q, k, key_range):
-            return SoftmaxState.empty_like(q) if state is None else state
-        if piece := key_range.rectangle:
-            key_range.bounds(q.shape[1], k.shape[1])  # refuses intervals of other lengths
-            rows, keys = slice(*piece[:2]), slice(*piece[2:])
-            state = SoftmaxState.empty_like(q) if state is None else state
-            part = SoftmaxState(state.out[:, rows], state.lse[:, :, rows])
-            block = q[:, rows], k[:, keys], v[:, keys]
-            self.forward(*block, KeyRange.full(), scale=scale, softcap=softcap, state=part)
-            return state
+        super().check_options(scale, softcap)
+
+    def attend(self, q, k, v, visible: KeyRange, **options) -> SoftmaxState:
         if not can_describe(q, k, v):
             _log_undescribed()
-            return get_kernel("triton").forward(
-                q, k, v, key_range, scale=scale, softcap=softcap, state=state, final=final
-            )
+            return get_kernel("triton").forward(q, k, v, visible, **options)
         from longctx.kernels.hopper_forward import launch_hopper_forward
 
         with torch.cuda.device(q.device):
-            return launch_hopper_forward(
-                q, k, v, key_range, scale=scale, softcap=softcap, state=state, final=final
-            )  # fmt: skip
+            return launch_hopper_forward(q, k, v, visible, **options)
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        key_range: KeyRange,
-        *,
-        scale: float,
-        softcap: float = 0.0,
-        out: torch.Tensor,
-        dq_acc: torch.Tensor,
-        dk_acc: torch.Tensor,
-        dv_acc: torch.Tensor,
-        fresh: bool = False,
-    ) -> None:
-        check_block(q, k, v, dout=dout)
-        check_scale(scale)
-        check_softcap(softcap)
-        if nothing_to_do(q, k, key_range):
-            if fresh:
-                dk_acc.zero_()
-                dv_acc.zero_()
-            return
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "fresh": fresh}
-        if piece := key_range.rectangle:
-            key_range.bounds(q.shape[1], k.shape[1])  # refuses intervals of other lengths
-            rows, keys = slice(*piece[:2]), slice(*piece[2:])
-            dk_part, dv_part = (begin_fresh(acc, keys) if fresh else acc[:, keys] for acc in (dk_acc, dv_acc))
-            self.backward(
-                dout[:, rows], q[:, rows], k[:, keys], v[:, keys], lse[:, :, rows], delta[:, :, rows], KeyRange.full(),
-                out=out[:, rows], dq_acc=dq_acc[:, rows], dk_acc=dk_part, dv_acc=dv_part, **options,
-            )  # fmt: skip
-            return
-        block = (dout, q, k, v, lse, delta, key_range)
+    def differentiate(self, dout, q, k, v, lse, delta, visible: KeyRange, *, out, **options) -> None:
+        block = (dout, q, k, v, lse, delta, visible)
         if not can_describe(dout, q, k, v):
             _log_undescribed()
-            get_kernel("triton").backward(*block, out=out, dq_acc=dq_acc, dk_acc=dk_acc, dv_acc=dv_acc, **options)
+            get_kernel("triton").backward(*block, out=out, **options)
             return
         from longctx.kernels.hopper_backward import launch_hopper_backward
 
         with torch.cuda.device(q.device):
-            launch_hopper_backward(
-                *block, dq_acc=dq_acc, dk_acc=dk_acc, dv_acc=dv_acc, deterministic=self.deterministic, **options
-            )
+            launch_hopper_backward(*block, deterministic=self.deterministic, **options)
 
 
 @cache

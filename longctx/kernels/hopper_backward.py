@@ -10,7 +10,7 @@ import torch
 import triton
 
 from longctx.errors import KernelError
-from longctx.kernels.gluon_api import TensorDescriptor, describe
+from longctx.kernels.gluon_api import describe, describe_heads
 from longctx.kernels.hopper_backward_kernel import backward_kernel
 from longctx.kernels.hopper_backward_wide import backward_wide_kernel
 from longctx.kernels.shipped import Shipped
@@ -142,13 +142,13 @@ def launch_with_rows(
     del intervals["HAS_LO"]
     kernel = backward_wide_kernel if d_pad == 256 else backward_kernel
     kernel[(triton.cdiv(sk, block_n) * hk * b,)](
-        _of_heads(q, block_m, d_pad),
-        _of_heads(dout, block_m, d_pad),
-        _of_heads(k, block_n, d_pad),
-        _of_heads(v, block_n, d_pad),
+        describe_heads(q, block_m, d_pad),
+        describe_heads(dout, block_m, d_pad),
+        describe_heads(k, block_n, d_pad),
+        describe_heads(v, block_n, d_pad),
         describe(lse2, [lse2.numel()], [1], [block_m]),
         describe(delta2, [delta2.numel()], [1], [block_m]),
-        _of_heads(dq_acc, block_m, dq_columns),
+        describe_heads(dq_acc, block_m, dq_columns),
         dk_acc,
         dv_acc,
         scale=scale,
@@ -177,15 +177,6 @@ def launch_with_rows(
 def padded_head_dim(head_dim: int) -> int:
     """The head dim of the tiles that a head dim rides in: the TMA engine fills the rest with zeros."""
     return next(d for d in _SCHEDULES if d >= head_dim)
-
-
-def _of_heads(t: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """A descriptor of "b s h d" that moves [rows, cols] of one head, addressed by (b, h, s, d)."""
-    b, s, h, d = t.shape
-    # torch leaves the stride of an axis of size 1 free: give it the one of a contiguous tensor.
-    strides = zip(t.shape, t.stride(), (s * h * d, h * d, d, 1), strict=True)
-    sb, ss, sh, _ = (plain if size == 1 else own for size, own, plain in strides)
-    return describe(t, [b, h, s, d], [sb, sh, ss, 1], [1, 1, rows, cols])
 
 
 def _refuse(dout, q, k, v, key_range, dq_acc, dk_acc, dv_acc, fresh) -> None:

@@ -10,10 +10,10 @@ import triton
 from triton.experimental.gluon import language as gl
 
 from longctx.kernels import SoftmaxState
-from longctx.kernels.gluon_api import TensorDescriptor, describe
+from longctx.kernels.gluon_api import describe_heads
 from longctx.kernels.hopper_forward_kernel import forward_kernel
 from longctx.kernels.shipped import Shipped
-from longctx.kernels.tiles import LOG2_E, row_interval_args, stride_args, strides_of
+from longctx.kernels.tiles import LOG2_E, row_interval_args, stride_args
 from longctx.masks import KeyRange
 
 # Rows of one consumer warpgroup: what one matrix instruction takes.
@@ -109,13 +109,6 @@ def _num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _describe(t: torch.Tensor, rows: int, padded: int) -> TensorDescriptor:
-    """A descriptor of `t` "b s h d" with axes (b, h, s, d): zeros past its own head dim, so that no copy pads it."""
-    b, s, h, d = t.shape
-    sb, ss, sh, _ = strides_of(t)
-    return describe(t, [b, h, s, d], [sb, sh, ss, 1], [1, 1, rows, padded])
-
-
 def launch_hopper_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -153,12 +146,12 @@ def launch_hopper_forward(
     )
     num_m = triton.cdiv(sq, schedule.groups * GROUP_ROWS)
     num_work = num_m * h * b
-    q_desc = _describe(q, GROUP_ROWS, padded)
+    q_desc = describe_heads(q, GROUP_ROWS, padded)
     forward_kernel[(min(num_work, _num_programs(q.device)),)](
         q_desc,
-        _describe(k, schedule.block_n, padded),
-        _describe(v, schedule.block_n, padded),
-        _describe(out, GROUP_ROWS, padded) if final else q_desc,
+        describe_heads(k, schedule.block_n, padded),
+        describe_heads(v, schedule.block_n, padded),
+        describe_heads(out, GROUP_ROWS, padded) if final else q_desc,
         out,
         old,
         lse,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from longctx.errors import KernelError
-from longctx.kernels import Direction, SoftmaxState, begin_fresh, check_block, check_softcap
+from longctx.kernels import Direction, SoftmaxState
+from longctx.kernels.pieces import PiecewiseAttention, check_scale
 from longctx.kernels.tiles import INTERPRETING, can_describe, padded
 from longctx.kernels.triton_backward import launch_dkdv, launch_dq, prepare_rows
 from longctx.kernels.triton_forward import launch_forward
@@ -19,7 +19,7 @@ MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
-class TritonAttention:
+class TritonAttention(PiecewiseAttention):
     """FlashAttention-2-style kernels that carry the softmax state; see `BlockAttention`.
 
     fp16, bf16 and fp32 (products in full fp32, not TF32), head dims up to 256, any length, every kind of key range. The
@@ -56,77 +56,24 @@ class TritonAttention:
             return f"head dim {head_dim} is not within 1 to {MAX_HEAD_DIM}"
         return None
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        key_range: KeyRange,
-        *,
-        scale: float,
-        softcap: float = 0.0,
-        state: SoftmaxState | None = None,
-        final: bool = False,
-    ) -> SoftmaxState:
-        check_block(q, k, v)
+    def check_options(self, scale: float, softcap: float) -> None:
         check_scale(scale)
-        check_softcap(softcap)
-        if nothing_to_do(q, k, key_range):
-            return SoftmaxState.empty_like(q) if state is None else state
-        if piece := key_range.rectangle:
-            key_range.bounds(q.shape[1], k.shape[1])  # refuses intervals of other lengths
-            rows, keys = slice(*piece[:2]), slice(*piece[2:])
-            state = SoftmaxState.empty_like(q) if state is None else state
-            part = SoftmaxState(state.out[:, rows], state.lse[:, :, rows])
-            block = q[:, rows], k[:, keys], v[:, keys]
-            self.forward(*block, KeyRange.full(), scale=scale, softcap=softcap, state=part)
-            return state
-        tiles = self._tiles(q)
+        super().check_options(scale, softcap)
+
+    def attend(self, q, k, v, visible: KeyRange, *, scale, softcap, state, final) -> SoftmaxState:
+        tile = self._tiles(q).forward
         with _on(q):
             return launch_forward(
-                q, k, v, key_range, scale=scale, softcap=softcap, state=state, final=final,
-                tile=tiles.forward, use_descriptor=tiles.forward.use_descriptor and can_describe(q, k, v),
+                q, k, v, visible, scale=scale, softcap=softcap, state=state, final=final,
+                tile=tile, use_descriptor=tile.use_descriptor and can_describe(q, k, v),
             )  # fmt: skip
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        key_range: KeyRange,
-        *,
-        scale: float,
-        softcap: float = 0.0,
-        out: torch.Tensor,
-        dq_acc: torch.Tensor,
-        dk_acc: torch.Tensor,
-        dv_acc: torch.Tensor,
-        fresh: bool = False,
+    def differentiate(
+        self, dout, q, k, v, lse, delta, visible: KeyRange, *, scale, softcap, out, dq_acc, dk_acc, dv_acc, fresh
     ) -> None:
-        check_block(q, k, v, dout=dout)
-        check_scale(scale)
-        check_softcap(softcap)
-        if nothing_to_do(q, k, key_range):
-            if fresh:
-                dk_acc.zero_()
-                dv_acc.zero_()
-            return
-        if piece := key_range.rectangle:
-            key_range.bounds(q.shape[1], k.shape[1])  # refuses intervals of other lengths
-            rows, keys = slice(*piece[:2]), slice(*piece[2:])
-            dk_part, dv_part = (begin_fresh(acc, keys) if fresh else acc[:, keys] for acc in (dk_acc, dv_acc))
-            self.backward(
-                dout[:, rows], q[:, rows], k[:, keys], v[:, keys], lse[:, :, rows], delta[:, :, rows], KeyRange.full(),
-                scale=scale, softcap=softcap, out=out[:, rows],
-                dq_acc=dq_acc[:, rows], dk_acc=dk_part, dv_acc=dv_part, fresh=fresh,
-            )  # fmt: skip
-            return
         with _on(q):
             lse2, delta2 = prepare_rows(lse, delta)
-        block = (dout, q, k, v, lse2, delta2, key_range)
+        block = (dout, q, k, v, lse2, delta2, visible)
         self.add_dkdv(*block, scale=scale, softcap=softcap, dk_acc=dk_acc, dv_acc=dv_acc, fresh=fresh)
         self.add_dq(*block, scale=scale, softcap=softcap, dq_acc=dq_acc)
 
@@ -169,16 +116,6 @@ class TritonAttention:
 
     def _tiles(self, q: torch.Tensor) -> Tiles:
         return self.tiles or tiles_for(padded(q.shape[-1]), q.dtype, q.device)
-
-
-def nothing_to_do(q: torch.Tensor, k: torch.Tensor, key_range: KeyRange) -> bool:
-    return key_range.kind == "empty" or q.numel() == 0 or k.numel() == 0
-
-
-def check_scale(scale: float) -> None:
-    # The running maximum is taken before the scores are scaled, which is right only for a scale that keeps their order.
-    if not scale >= 0:
-        raise KernelError(f"scale is {scale}, but the Triton kernels need scale >= 0: negate q instead")
 
 
 def _on(q: torch.Tensor):

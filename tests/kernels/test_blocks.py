@@ -196,23 +196,21 @@ class TestCudnnParts:
     @pytest.mark.parametrize(("sq", "sk"), [(6, 6), (4, 7), (7, 4), (1, 5), (5, 1)])
     @pytest.mark.parametrize("visible", ["empty", "full", "causal", "rectangle"])
     def test_they_cover_what_is_visible_once(self, visible, sq, sk):
-        from longctx.kernels.cudnn import _parts
-
         key_range = VISIBLE[visible](1, sq, sk)
         lo, hi = key_range.bounds(sq, sk)
         want = (torch.arange(sk) >= lo[0, :, None]) & (torch.arange(sk) < hi[0, :, None])
         got = torch.zeros(sq, sk, dtype=torch.int64)
-        for rows, keys, is_causal in _parts(key_range, torch.zeros(1, sq, 1, 8), torch.zeros(1, sk, 1, 8)):
+        for rows, keys, inside in get_kernel("cudnn").pieces(key_range, sq, sk):
             piece = got[rows, keys]
+            is_causal = block_kind(inside) == "causal"
+            assert is_causal or inside.kind == "full"
             assert not is_causal or piece.shape[0] == piece.shape[1]
             piece += torch.ones_like(piece).tril() if is_causal else 1
         assert torch.equal(got, want.long())
 
     def test_intervals_of_another_length_are_refused(self):
-        from longctx.kernels.cudnn import _parts
-
         with pytest.raises(ShapeError, match="KeyRange has 6 rows, but q has 4"):
-            list(_parts(VISIBLE["rectangle"](1, 6, 6), torch.zeros(1, 4, 1, 8), torch.zeros(1, 6, 1, 8)))
+            list(get_kernel("cudnn").pieces(VISIBLE["rectangle"](1, 6, 6), 4, 6))
 
     def test_elsewhere_it_is_refused(self):
         reason = get_kernel("cudnn").supports(device=torch.device("cpu"), dtype=torch.float16, head_dim=64, kind="full")

@@ -46,9 +46,7 @@ def first(head_dim: int, kind: str, length: int, direction: str, dtype: torch.dt
 
 def test_the_table_is_that_of_the_results():
     rows = results.read(results.RESULTS)
-    assert tables.kernel_rules(rows) == choice.MEASURED, (
-        "run python -m longctx.results --rules, and copy what it prints"
-    )
+    assert tables.kernel_rules(rows) == choice.MEASURED, "run python -m longctx.results --write-rules"
 
 
 def test_the_printed_table_is_python_that_says_the_same():
@@ -56,6 +54,20 @@ def test_the_printed_table_is_python_that_says_the_same():
     comment, *lines = tables.rules_text(rows).splitlines()
     assert comment.startswith("# NVIDIA H100")
     assert ast.literal_eval("{" + "\n".join(lines) + "}") == tables.kernel_rules(rows)
+
+
+def test_the_written_table_is_that_of_the_measurements(tmp_path, capsys):
+    source = results.CHOICE.read_text()
+    rows = results.read(results.RESULTS)
+    assert tables.with_rules(source, rows) == source, "run python -m longctx.results --write-rules"
+    copy = tmp_path / "choice.py"
+    copy.write_text(source.replace('"hopper": 5', '"hopper": 9'))
+    assert copy.read_text() != source
+    assert results.main(["--write-rules", "--choice", str(copy)]) == 0
+    assert copy.read_text() == source
+    copy.write_text("MEASURED = {}\n")
+    assert results.main(["--write-rules", "--choice", str(copy)]) == 2
+    assert "there is no table MEASURED" in capsys.readouterr().err
 
 
 def test_a_shape_of_several_cases_has_the_mean_of_those_that_all_kernels_have():
