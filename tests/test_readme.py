@@ -173,7 +173,8 @@ def test_named_files_and_make_targets_exist():
     for path in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / path).is_file(), path
     for path in re.findall(r"`((?:configs|tests|benchmarks)/[\w./]+)`", README):
-        assert (ROOT / path).is_file(), path
+        # A folder is named with a slash behind it.
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
     for target in re.findall(r"`make ([\w-]+)`", README):
         _make([target])
 
