@@ -1,4 +1,5 @@
-"""`longctx eval`: the loss of a checkpoint, or of Hugging Face's weights, on a text, by how much context a token has.
+"""`longctx eval`: the loss of a checkpoint, or of Hugging Face's weights, by how much context a token has; on the text of
+`data.eval_path`, or where there is none of `data.path`.
 
 At any plan without stages, so a text is read at lengths that one GPU cannot hold. Started like a training run.
 """
@@ -86,7 +87,7 @@ def evaluate(config: Config, launch: Launch, *, weights: str | None, samples: in
     # Order and accumulation are of training; of norms that are shared only memory depends.
     config = replace(
         config,
-        data=replace(config.data, shuffle=False),
+        data=replace(config.data, path=config.data.eval_path or config.data.path, shuffle=False),
         engine=replace(config.engine, accumulation_steps=1),
         parallel=replace(config.parallel, shard_norms=False),
     )

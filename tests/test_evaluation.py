@@ -66,6 +66,11 @@ def test_it_is_the_loss_of_every_token(config, capsys, tmp_path):
     code, again, err = evaluated(capsys, "--config", config, "--weights", tmp_path / "out")
     assert code == 0, err
     assert re.search(r"all .*", again)[0] == re.search(r"all .*", out)[0]
+    # Other text, where it is named: that of the run, and nothing to train on.
+    words = [f"--data.eval_path={settings.data.path}", "--data.path=none"]
+    code, other, err = evaluated(capsys, "--config", config, *words)
+    assert code == 0, err
+    assert re.search(r"all .*", other)[0] == re.search(r"all .*", out)[0]
     code, some, _ = evaluated(capsys, "--config", config, "--samples", 1, "--data.mask_documents=false")
     assert re.search(r"65 to 128 +64 ", some), some
     assert re.search(r"all +128 ", some), some
