@@ -8,7 +8,6 @@ import os
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -79,25 +78,8 @@ PORTABLE = portable_jobs()
 JOBS = {**PORTABLE, **shipped_jobs()}
 
 
-def covering(jobs: dict[str, dict]) -> list[str]:
-    """A few of the jobs, in which each kernel meets each value of each of its settings at least once."""
-    settings = {
-        name: {(job["kernel"], key, str(value)) for key, value in job.items() if key != "tile"}
-        for name, job in jobs.items()
-    }
-    missing, found = set().union(*settings.values()), []
-    while missing:
-        found.append(max(settings, key=lambda name: len(settings[name] & missing)))
-        missing -= settings[found[-1]]
-    return sorted(found, key=list(jobs).index)
-
-
-def compile_all(triton: Path | None = None, names: Collection[str] = tuple(JOBS)) -> dict[str, dict]:
-    """The reports of the jobs of these names, from processes of their own.
-
-    Args:
-        triton: a folder that holds another release of it.
-    """
+def compile_all(triton: Path | None = None) -> dict[str, dict]:
+    """Every job's report, from processes of their own; `triton`: a folder that holds another release of it."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = [str(triton)] if triton else []
     path += [str(Path(kernels.__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])]
@@ -105,7 +87,7 @@ def compile_all(triton: Path | None = None, names: Collection[str] = tuple(JOBS)
     env |= {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
     done = subprocess.run(
         [sys.executable, str(Path(sm90.__file__)), "2"],
-        input=json.dumps([JOBS[name] for name in names]),
+        input=json.dumps(list(JOBS.values())),
         capture_output=True,
         text=True,
         env=env,
@@ -115,7 +97,7 @@ def compile_all(triton: Path | None = None, names: Collection[str] = tuple(JOBS)
     reports = json.loads(done.stdout)
     if triton:
         assert {r["triton"] for r in reports} == {str(triton / "triton")}, "another Triton was compiled with"
-    return dict(zip(names, reports, strict=True))
+    return dict(zip(JOBS, reports, strict=True))
 
 
 def check(name: str, report: dict, known_spills: dict[tuple[str, int], tuple[int, int]]) -> None:
