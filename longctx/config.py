@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import ConfigError, DataError, LongCtxError, PlanError, Problem, did_you_mean, format_problems
-from longctx.masks import Causal, SlidingWindow
 from longctx.parallel.nearest import changes, nearest_plans
 from longctx.parallel.nodes import node_problems
 from longctx.settings import (
@@ -159,13 +158,12 @@ class Config:
         Raises:
             PlanError: no degrees serve this model.
         """
-        window = self.model.sliding_window
         return self.parallel.choose_degrees(
             num_heads=self.model.num_heads,
             num_kv_heads=self.model.kv_heads,
             head_dim=self.model.head_size,
             seq_len=self.data.seq_len,
-            mask=Causal() if window is None else Causal() & SlidingWindow(window),
+            mask=self.model.causal_mask,
             batch=self.engine.micro_batch_size,
             # "auto" is bf16 on every GPU that these estimates are of.
             itemsize=4 if self.engine.dtype == "fp32" else 2,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longctx.errors import Problem
+from longctx.masks import AttentionMask, Causal, SlidingWindow
 from longctx.parallel.stages import cut_by_flops, params_of_stages
 from longctx.rope import RopeScaling
 from longctx.shapes import ModelShape
@@ -68,6 +69,11 @@ class ModelConfig:
         if self.intermediate_size is not None:
             return self.intermediate_size
         return math.ceil(self.hidden_size * 8 / 3 / 64) * 64
+
+    @property
+    def causal_mask(self) -> AttentionMask:
+        """Who sees whom in a sequence that is one document."""
+        return Causal() if self.sliding_window is None else Causal() & SlidingWindow(self.sliding_window)
 
     def problems(self) -> list[Problem]:
         """What is wrong with these numbers; empty if nothing."""

@@ -21,7 +21,7 @@ from longctx.memory import RankMemory, rank_memory
 from longctx.parallel.nodes import node_problems
 from longctx.parallel.plan import ParallelPlan
 from longctx.settings import parse_size
-from longctx.step_time import StepTime, mask_of, step_time
+from longctx.step_time import StepTime, step_time
 
 GIB = 1 << 30
 # name -> (memory that torch can have of it, bf16 peak in FLOP/s by the maker's data sheet).
@@ -62,7 +62,7 @@ class Candidate:
         """FLOPs of the model, without recomputation, over what the GPUs could do."""
         data, shape = self.config.data, self.config.model.shape
         sequences = self.tokens_per_step // data.seq_len
-        flops = shape.train_flops(self.tokens_per_step, sequences * _area(mask_of(self.config), data.seq_len))
+        flops = shape.train_flops(self.tokens_per_step, sequences * _area(self.config.model.causal_mask, data.seq_len))
         return flops / self.time.total / self.plan.world_size / peak
 
     def flags(self) -> str:

@@ -14,7 +14,6 @@ from functools import lru_cache
 
 from longctx.config import Config
 from longctx.layout import SequenceLayout
-from longctx.masks import AttentionMask, Causal, SlidingWindow
 from longctx.parallel.cost import MEMORY_BYTES, NETWORK_BYTES, NODE_BYTES, Estimate
 from longctx.parallel.degrees import Work, attention_estimate
 from longctx.parallel.plan import STRATEGIES, ParallelPlan
@@ -44,14 +43,8 @@ class StepTime:
         return self.linear + self.attention + self.messages + self.bubble + self.optimizer
 
 
-def mask_of(config: Config) -> AttentionMask:
-    """What is assumed of each sequence: one causal document, with the model's window. Packed documents are less work."""
-    window = config.model.sliding_window
-    return Causal() if window is None else Causal() & SlidingWindow(window)
-
-
 def step_time(config: Config, plan: ParallelPlan, *, peak: float, node_size: int) -> StepTime:
-    """The estimate for a resolved plan.
+    """The estimate for a resolved plan; of sequences that are one document each, which packed ones do not exceed.
 
     Args:
         peak: bf16 FLOP/s of one GPU by its data sheet.
@@ -68,7 +61,7 @@ def step_time(config: Config, plan: ParallelPlan, *, peak: float, node_size: int
         num_kv_heads=model.kv_heads // plan.tp,
         head_dim=model.head_size,
         seq_len=seq_len,
-        mask=mask_of(config),
+        mask=model.causal_mask,
         batch=engine.micro_batch_size,
         itemsize=2,
         grad_itemsize=2 if plan.grad_dtype == "bf16" else 4,

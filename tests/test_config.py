@@ -27,6 +27,7 @@ WORLDS = {
     "llama_1b_64k": 1,
     "llama_1b_128k_ring2": 2,
     "llama3_8b_128k_ring8": 8,
+    "qwen3_8b_1m_ring8": 8,
     "qwen3_600m_128k_ring4": 8,
 }
 
@@ -340,7 +341,12 @@ def test_configurations_are_good(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("llama_1b_64k", 1.2358), ("llama3_8b_128k_ring8", 8.0303), ("qwen3_600m_128k_ring4", 0.5960)],
+    [
+        ("llama_1b_64k", 1.2358),
+        ("llama3_8b_128k_ring8", 8.0303),
+        ("qwen3_600m_128k_ring4", 0.5960),
+        ("qwen3_8b_1m_ring8", 8.1907),
+    ],
 )
 def test_shapes_are_those_of_the_published_models(name, billions):
     """Parameter counts of Llama 3.2 1B, Llama 3.1 8B and Qwen3 0.6B."""
