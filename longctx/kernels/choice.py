@@ -152,8 +152,11 @@ def _choose(
             device=device, dtype=dtype, head_dim=head_dim, kind=kind, softcap=softcap, direction=direction
         )
         if reason is None:
-            why = "; ".join(filter(None, [_measured(candidate, tried), *refused]))
+            why = _measured(candidate, tried)
             block = f"{device.type} {dtype} head dim {head_dim}, {kind}{capped}"
+            if refused:
+                # The same for most kinds of blocks.
+                _log_once(f"attention kernels left out on {device.type}: {'; '.join(refused)}")
             _log_once(f"attention kernel for {direction} on {block}: {candidate}" + (f" ({why})" if why else ""))
             return kernel
         refused.append(f"{candidate}: {reason}")

@@ -139,7 +139,7 @@ class GatherStrategy(ContextStrategy):
     name = "gather"
 
     def __str__(self) -> str:
-        return self.name if self.groups is None else f"{self.name} in {self.groups} groups"
+        return self.name if self.groups is None else f"{self.name} in {self.groups} group{'s' * (self.groups > 1)}"
 
     def plan(self, schedule, num_kv_heads):
         return RingPlan(*gather_plan(schedule), self.groups_of(num_kv_heads, schedule.world))
