@@ -15,11 +15,11 @@ from longctx.deepspeed_setup import BUCKET_ELEMENTS
 from longctx.engine_config import EngineConfig
 from longctx.model_config import ModelConfig
 from longctx.padding import padded_length
-from longctx.parallel.loss import CHUNK_BYTES
+from longctx.parallel.loss import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from longctx.parallel.plan import ParallelPlan
 
-# Held whatever the plan: tables of RoPE, workspaces of the matrix library, small tensors.
-_ALWAYS = 128 << 20
+# Held on a GPU whatever the plan: tables of RoPE, workspaces of the matrix library, small tensors.
+_ALWAYS = {"cuda": 128 << 20}
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class _Rank:
     plan: ParallelPlan
     tokens: int
     itemsize: int
+    device_type: str
 
     @property
     def q(self) -> int:
@@ -110,7 +111,8 @@ class _Rank:
         if with_loss:
             # One chunk of logits, the gradient of the hidden state, and that of the projection in fp32.
             table = 4 * self.model.vocab_size * self.model.hidden_size // self.plan.tp
-            found = max(found, CHUNK_BYTES["cuda"] + self.tokens * size * self.model.hidden_size + table)
+            logits = CHUNK_BYTES.get(self.device_type, CHUNK_BYTES_ELSEWHERE)
+            found = max(found, logits + self.tokens * size * self.model.hidden_size + table)
         return found
 
     def message_buffers(self) -> int:
@@ -122,17 +124,19 @@ class _Rank:
         return 4 * self.tokens * 2 * self.kv * (self.itemsize + grad)
 
 
-def rank_memory(model: ModelConfig, engine: EngineConfig, plan: ParallelPlan, seq_len: int) -> RankMemory:
+def rank_memory(
+    model: ModelConfig, engine: EngineConfig, plan: ParallelPlan, seq_len: int, *, device_type: str = "cuda"
+) -> RankMemory:
     """The estimate for the rank that needs most.
 
     Args:
-        engine: with the dtype "auto" bf16, as on GPUs.
         plan: resolved, and without problems for this model and length.
         seq_len: global length of a sequence.
+        device_type: decides what the dtype "auto" is.
     """
     local_len = padded_length(seq_len, plan.seq_multiple) // plan.sp
-    itemsize = 4 if engine.resolved_dtype("cuda") == "fp32" else 2
-    rank = _Rank(model, engine, plan, engine.micro_batch_size * local_len, itemsize)
+    itemsize = 4 if engine.resolved_dtype(device_type) == "fp32" else 2
+    rank = _Rank(model, engine, plan, engine.micro_batch_size * local_len, itemsize, device_type)
     stages = model.stages(plan.num_stages, seq_len)
     parameters = model.stage_params(stages)
     found = []
@@ -150,8 +154,8 @@ def rank_memory(model: ModelConfig, engine: EngineConfig, plan: ParallelPlan, se
             RankMemory(
                 **state,
                 activations=kept,
-                working=rank.working(with_loss) + _ALWAYS,
-                buffers=rank.message_buffers() + _zero_buckets(engine, plan),
+                working=rank.working(with_loss) + _ALWAYS.get(device_type, 0),
+                buffers=rank.message_buffers() + _zero_buckets(engine, plan, params),
             )
         )
     return max(found, key=lambda memory: memory.total)
@@ -184,6 +188,6 @@ def _model_state(
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "host": host}
 
 
-def _zero_buckets(engine: EngineConfig, plan: ParallelPlan) -> int:
+def _zero_buckets(engine: EngineConfig, plan: ParallelPlan, params: int) -> int:
     """Bytes of the buckets in which gradients are averaged and weights come back: two in flight, and one filling."""
-    return 3 * 4 * BUCKET_ELEMENTS if engine.zero_stage and plan.grad_world > 1 else 0
+    return 3 * 4 * min(BUCKET_ELEMENTS, params) if engine.zero_stage and plan.grad_world > 1 else 0

@@ -16,6 +16,7 @@ from longctx.data import ShardedBatch, ShardedLoader, check_vocab, open_dataset
 from longctx.errors import ConfigError, DataError, Problem, format_problems
 from longctx.kernels import get_kernel
 from longctx.launch import Launch, Place, choose_device
+from longctx.memory import rank_memory
 from longctx.parallel.plan import ParallelPlan
 from longctx.progress import in_bytes
 from longctx.results import environment, version
@@ -52,9 +53,6 @@ def dry_run(config: Config, launch: Launch, *, world_size: int | None = None) ->
     shape = config.model.shape
     dtype = config.engine.resolved_dtype(device.type)
     stages = config.model.stages(plan.num_stages, config.data.seq_len)
-    of_stages = config.model.stage_params(stages)
-    largest = max(sum(of_stages[i] for i in plan.stages_of(rank)) for rank in range(plan.pp)) // plan.tp
-    held = _state_bytes(largest, config.engine.zero_stage, dtype, plan.grad_world)
     lines = [
         config.dump().rstrip(),
         "",
@@ -65,8 +63,7 @@ def dry_run(config: Config, launch: Launch, *, world_size: int | None = None) ->
         *(f"batch {i}   {_batch_line(batch)}" for i, batch in enumerate(loader.step(0))),
         f"model     {shape.num_params:_} parameters, {dtype}",
         *_weights_lines(config, weights),
-        f"memory    about {in_bytes(held)} on {'each rank' if plan.pp == 1 else 'a rank of the largest stage'} for parameters, gradients and optimizer (ZeRO "
-        f"{config.engine.zero_stage} over {plan.grad_world}); activations come on top",
+        f"memory    {_memory_line(config, plan, device)}",
     ]
     return "\n".join(lines)
 
@@ -306,12 +303,8 @@ def _batch_line(batch: ShardedBatch) -> str:
     )
 
 
-def _state_bytes(num_params: int, zero_stage: int, dtype: str, grad_world: int) -> float:
-    """Bytes of parameters, gradients and AdamW's state that one rank holds, without buffers and activations.
-
-    bf16 keeps an fp32 master copy and fp32 gradients; fp32 with ZeRO keeps a master copy of its partition too.
-    """
-    share = [1 / grad_world if zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
-    parameters = (2 if dtype == "bf16" else 4) * share[2]
-    master = 4 * share[0] if dtype == "bf16" or zero_stage else 0
-    return num_params * (parameters + 4 * share[1] + master + 8 * share[0])
+def _memory_line(config: Config, plan: ParallelPlan, device: torch.device) -> str:
+    memory = rank_memory(config.model, config.engine, plan, config.data.seq_len, device_type=device.type)
+    parts = [f"{name} {in_bytes(size)}" for name, size in vars(memory).items() if name != "host" and size]
+    host = f"; {in_bytes(memory.host)} in the host's memory" if memory.host else ""
+    return f"about {in_bytes(memory.total)} on the rank that holds most: {', '.join(parts)}{host}"

@@ -123,7 +123,7 @@ def test_dry_run_says_everything_and_trains_nothing(config, capsys):
     assert "512 tokens = dp 2 x micro-batch 1 x accumulation 2 x seq_len 128" in rest
     assert len(re.findall(r"batch \d +tokens \[1, 64\] int64, labels \[1, 64\]", rest)) == 2
     assert re.search(r"model +\d[\d_]+ parameters, fp32", rest)
-    assert re.search(r"memory +about [\d.]+ KiB on each rank", rest)
+    assert re.search(r"memory +about [\d.]+ MiB on the rank that holds most: weights [\d.]+ KiB, gradients", rest)
     assert not (config.parent / "run").exists()
 
 
