@@ -111,8 +111,9 @@ class TestSelection:
         )
         assert select_kernel("auto", self.Q, KeyRange.full()).name == "cudnn"
         assert select_kernel("auto", self.Q, KeyRange.full(), 30.0).name != "cudnn"
-        assert "full, softcap 30: " in caplog.records[-1].getMessage()
-        assert "cudnn: no softcap" in caplog.records[-1].getMessage()
+        left_out, chosen = (record.getMessage() for record in caplog.records[-2:])
+        assert "full, softcap 30: " in chosen
+        assert "cudnn: no softcap" in left_out
         with pytest.raises(KernelError, match="softcap 30\n  cudnn: no softcap"):
             select_kernel("cudnn", self.Q, KeyRange.full(), 30.0)
 
@@ -130,15 +131,18 @@ class TestSelection:
             ]
             assert select_kernel("auto", self.Q, key_range).name == able[0]
 
-    def test_the_choice_and_its_reasons_are_logged_once(self, caplog):
+    def test_choices_and_their_reasons_are_logged_once(self, caplog):
         caplog.set_level(logging.INFO, logger="longctx.kernels")
         for _ in range(3):
             chosen = select_kernel("auto", self.Q.double(), KeyRange.full())
-        assert len(caplog.records) == 1
-        message = caplog.records[0].getMessage()
-        assert chosen.name in message
+        left_out, message = (record.getMessage() for record in caplog.records)
+        assert message.endswith(f": {chosen.name}")
         for name in kernel_names()[: kernel_names().index(chosen.name)]:
-            assert f"{name}: " in message
+            assert f"{name}: " in left_out
+        # Another kind of block, for the same reasons.
+        select_kernel("auto", self.Q.double(), KeyRange.causal())
+        assert "causal" in caplog.records[-1].getMessage()
+        assert len(caplog.records) == 3
 
     def test_when_none_can_every_reason_is_given(self):
         with pytest.raises(KernelError) as error:
