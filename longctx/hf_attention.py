@@ -98,10 +98,16 @@ def attention_forward(
     span: Span | None = getattr(module, "span", None)
     if span is not None or sequence_meta is not None:
         meta = _checked_meta(module, span, sequence_meta, attention_mask, causal)
+        if cu_seq_lens_q is not None:
+            raise ShapeError(
+                "cu_seq_lens_q came beside a sequence_meta, whose mask alone counts: give it to shard_batch, not to the model"
+            )
         if sliding_window is not None:
             meta = replace(meta, mask=meta.mask & SlidingWindow(sliding_window))
         out = span.attend(q, k, v, meta, **scores)  # type: ignore[union-attr]
     elif cu_seq_lens_q is not None:
+        if isinstance(attention_mask, VisibleKeys) and attention_mask.is_padded:
+            raise ShapeError("cu_seq_lens_q came beside an attention_mask with zeros: leave out one of them")
         mask: AttentionMask = Causal() if causal else Full()
         mask &= SlidingWindow(sliding_window) if sliding_window is not None else Full()
         out = attention(q, k, v, mask=mask & document_mask(q.shape[:2], cu_seqlens=cu_seq_lens_q), **scores)

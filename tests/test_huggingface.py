@@ -148,6 +148,8 @@ def test_what_cannot_be_done_is_refused():
 
     refused("attention_mask is a tensor", attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
     refused("probabilities are never made", output_attentions=True)
+    boundaries, gaps = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([[0] * 2 + [1] * 6])
+    refused("leave out one of them", ShapeError, attention_mask=gaps, cu_seq_lens_q=boundaries)
     refused("zeros between ones", ShapeError, attention_mask=torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]]))
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
@@ -176,6 +178,8 @@ def test_a_call_without_its_other_half_is_refused():
         model(input_ids=tokens)
     with pytest.raises(ShapeError, match="give it to shard_batch"):
         model(**cut, attention_mask=torch.tensor([[0] * 3 + [1] * 5]))
+    with pytest.raises(ShapeError, match="cu_seq_lens_q came beside a sequence_meta"):
+        model(**cut, cu_seq_lens_q=torch.tensor([0, 3, 8], dtype=torch.int32))
     with pytest.raises(ShapeError, match="a cache cannot span ranks"):
         model(**cut | {"use_cache": True, "past_key_values": model(**cut | {"use_cache": True}).past_key_values})
     assert model(**cut, attention_mask=torch.ones(1, 8)).logits.shape == (1, 8, 64)
