@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from longctx.config import Config, load_config
+from longctx.engine_config import EngineConfig
 from longctx.errors import ConfigError, LongCtxError, did_you_mean
 from longctx.masks import AttentionMask
 from longctx.memory import RankMemory, rank_memory
-from longctx.parallel.nodes import node_problems
+from longctx.parallel.nearest import changes, splits
 from longctx.parallel.plan import ParallelPlan
 from longctx.settings import parse_size
 from longctx.step_time import StepTime, step_time
@@ -41,9 +42,15 @@ ALIKE = 0.99
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to train the model on these GPUs."""
+    """One way to train the model on these GPUs.
+
+    Args:
+        config: with this plan, ZeRO stage, recomputation and accumulation.
+        flags: what makes `train.py` run it, beside the configuration that was asked about.
+    """
 
     config: Config
+    flags: str
     plan: ParallelPlan
     memory: RankMemory
     time: StepTime
@@ -65,57 +72,11 @@ class Candidate:
         flops = shape.train_flops(self.tokens_per_step, sequences * _area(self.config.model.causal_mask, data.seq_len))
         return flops / self.time.total / self.plan.world_size / peak
 
-    def flags(self) -> str:
-        """What makes `train.py` run it, beside the configuration."""
-        plan, engine = self.plan, self.config.engine
-        words = [f"--parallel.{name}={getattr(plan, name)}" for name in ("pp", "ring", "ulysses", "tp")]
-        words += [f"--engine.zero_stage={engine.zero_stage}"]
-        words += [f"--engine.activation_checkpointing={str(engine.activation_checkpointing).lower()}"]
-        words += [f"--engine.accumulation_steps={engine.accumulation_steps}"]
-        words += ["--parallel.shard_norms=true"] * plan.shard_norms
-        words += [f"--engine.offload={engine.offload}"] * (engine.offload != "none")
-        return " ".join(words)
-
 
 @lru_cache(maxsize=8)
 def _area(mask: AttentionMask, seq_len: int) -> int:
     """`mask.area(seq_len)`, remembered."""
     return mask.area(seq_len)
-
-
-def plans(config: Config, world_size: int, node_size: int) -> Iterator[ParallelPlan]:
-    """Every split of the processes that the model and the machines allow, in no order."""
-    for pp, ring, ulysses, tp in itertools.product(_divisors(world_size), repeat=4):
-        if world_size % (pp * ring * ulysses * tp):
-            continue
-        for shard_norms in (False, True) if tp > 1 else (False,):
-            plan = replace(
-                config.parallel,
-                dp=None,
-                context=None,
-                pp=pp,
-                ring=ring,
-                ulysses=ulysses,
-                tp=tp,
-                shard_norms=shard_norms,
-            )
-            if plan.schedule == "dualpipev" and pp == 1:
-                plan = replace(plan, schedule="1f1b")
-            if ring == 1:
-                plan = replace(plan, grad_dtype="fp32")
-            if ulysses == 1:
-                plan = replace(plan, ulysses_chunks=None)
-            model = config.model
-            problems = plan.check(
-                num_heads=model.num_heads,
-                num_kv_heads=model.kv_heads,
-                seq_len=config.data.seq_len,
-                num_layers=model.num_layers,
-                mlp_size=model.mlp_size,
-                vocab_size=model.vocab_size,
-            )
-            if not problems and not node_problems(plan, node_size=node_size, world_size=world_size):
-                yield plan.resolve(world_size)
 
 
 def candidates(config: Config, world_size: int, *, peak: float, node_size: int, tokens: int) -> list[Candidate]:
@@ -125,25 +86,38 @@ def candidates(config: Config, world_size: int, *, peak: float, node_size: int, 
         tokens: of one step; micro-batches are accumulated to come as near as whole ones do, at least one.
     """
     found = []
-    for plan in plans(config, world_size, node_size):
-        each = config.data.seq_len * plan.dp * config.engine.micro_batch_size  # type: ignore[operator]
-        least = plan.num_stages if plan.schedule == "dualpipev" else 1
-        steps = max(least, round(tokens / each))
-        stages = (1, 2, 3) if plan.grad_world > 1 else (1,)
-        for zero_stage, checkpointing in itertools.product(stages, (False, True)):
-            engine = replace(
-                config.engine,
-                zero_stage=zero_stage,
-                activation_checkpointing=checkpointing,
-                accumulation_steps=steps,
-                offload=config.engine.offload if zero_stage == 3 or config.engine.offload != "all" else "optimizer",
-            )
-            if engine.problems("cuda") or engine.plan_problems(plan):
-                continue
-            mine = replace(config, engine=engine, parallel=plan)
-            memory = rank_memory(config.model, engine, plan, config.data.seq_len)
-            found.append(Candidate(mine, plan, memory, step_time(mine, plan, peak=peak, node_size=node_size)))
+    for split in splits(config.parallel, world_size):
+        for asked in dict.fromkeys((split, replace(split, shard_norms=split.tp > 1))):
+            plan = asked if asked.problems() else asked.resolve(world_size)
+            for engine in _engines(config, plan, tokens):
+                mine = replace(config, engine=engine, parallel=plan)
+                if engine.problems("cuda") or mine.plan_problems(plan, world_size, node_size):
+                    continue
+                memory = rank_memory(config.model, engine, plan, config.data.seq_len)
+                time = step_time(mine, plan, peak=peak, node_size=node_size)
+                found.append(Candidate(mine, _flags(config, asked, engine), plan, memory, time))
     return sorted(found, key=lambda c: c.time.total / c.tokens_per_step)
+
+
+def _engines(config: Config, plan: ParallelPlan, tokens: int) -> Iterator[EngineConfig]:
+    """Every ZeRO stage that makes a difference, with and without activation checkpointing, for a step of about `tokens`."""
+    engine = config.engine
+    each = config.data.seq_len * (plan.dp or 1) * engine.micro_batch_size
+    steps = max(plan.num_stages if plan.schedule == "dualpipev" else 1, round(tokens / each))
+    for zero_stage, checkpointing in itertools.product((1, 2, 3), (False, True)):
+        # Over one process there is nothing to spread; but what is offloaded must be partitioned.
+        if zero_stage == 1 or (plan.dp or 1) * plan.sp > 1 or engine.offload == "all":
+            yield replace(
+                engine, zero_stage=zero_stage, activation_checkpointing=checkpointing, accumulation_steps=steps
+            )
+
+
+def _flags(config: Config, plan: ParallelPlan, engine: EngineConfig) -> str:
+    """What `plan` and `engine` say otherwise than `config`, as on a command line."""
+    names = ("zero_stage", "activation_checkpointing", "accumulation_steps")
+    changed = {name: getattr(engine, name) for name in names if getattr(engine, name) != getattr(config.engine, name)}
+    words = [changes(config.parallel, plan), *(f"--engine.{name}={str(x).lower()}" for name, x in changed.items())]
+    return " ".join(filter(None, words))
 
 
 def longest(candidate: Candidate, limit: float) -> int:
@@ -227,7 +201,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> str:
             head,
             _table(shown, peak, limit, args.longest),
             f"take the first: {_why(best, shown)}",
-            f"  {best.flags()}",
+            f"  {best.flags or 'as it is configured'}",
         ]
     )
 
@@ -307,10 +281,6 @@ def _largest(memory: RankMemory) -> str:
     parts = {name: size for name, size in vars(memory).items() if name != "host"}
     first = sorted(parts, key=lambda name: -parts[name])[:2]
     return " and ".join(f"{name} ({parts[name] / GIB:.1f} GiB)" for name in first)
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,8 @@ class TrainConfig:
         run_dir: metrics, checkpoints and wandb's files go here; shared by all machines.
         save_every: steps between checkpoints, with one more at the end. 0: only that one; None: none at all, as for a measurement.
         eval_every: steps between measurements of the loss on `data.eval_path`, with one more at the end. 0: only that one.
-        eval_sequences: how many of its sequences are read each time, the same ones; rounded up to whole steps' worth.
+        eval_sequences: how many of its sequences are read each time, the same ones; rounded up to whole steps' worth, or as
+            many as it has.
         keep: checkpoints that are kept.
         async_save: write checkpoints beside the training, from a copy in the host's memory: 12 bytes for each parameter of the
             model, over all processes together.

@@ -98,7 +98,8 @@ class Live(TorchDispatchMode):
 def test_what_is_kept_with_recomputation_is_what_is_counted():
     """Of two more layers, so that what is not of layers does not count."""
     held = []
-    for layers in (2, 4):
+    # The first leaves behind what is remembered of masks and schedules.
+    for layers in (2, 2, 4):
         config = replace(MODEL, num_layers=layers)
         model = Transformer(config, kernel="reference", activation_checkpointing=True)
         ((batch,),) = full_step(0, dp=1, accumulation=1)
@@ -108,7 +109,7 @@ def test_what_is_kept_with_recomputation_is_what_is_counted():
         del loss
     engine = EngineConfig(activation_checkpointing=True, dtype="fp32", zero_stage=0, micro_batch_size=2)
     counted = [rank_memory(replace(MODEL, num_layers=n), engine, ParallelPlan(dp=1), 48).activations for n in (2, 4)]
-    assert held[1] - held[0] == pytest.approx(counted[1] - counted[0], rel=0.05)
+    assert held[2] - held[1] == counted[1] - counted[0]
 
 
 def test_every_plan_can_be_run_and_is_what_its_flags_say():
@@ -118,12 +119,35 @@ def test_every_plan_can_be_run_and_is_what_its_flags_say():
     for c in found[::7]:
         assert c.plan.world_size == 8
         assert c.tokens_per_step == pytest.approx(1 << 19, rel=0.01)
-        again = load_config(EIGHT_B, ["--data.seq_len=64k", *c.flags().split()])
+        again = load_config(EIGHT_B, ["--data.seq_len=64k", *c.flags.split()])
         assert not again.check(8, 8)
         assert again.engine == c.config.engine
-        assert again.parallel.resolve(8) == replace(c.plan, dp=c.plan.dp)
+        assert again.parallel.resolve(8) == c.plan
     speeds = [c.speed for c in found]
     assert speeds == sorted(speeds, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--parallel.ring=1", "--parallel.context=4"],
+        ["--parallel.dp=2", "--parallel.ring=4", "--parallel.grad_dtype=bf16"],
+        ["--parallel.ring=1", "--parallel.ulysses=8", "--parallel.ulysses_chunks=4"],
+        ["--engine.offload=all"],
+    ],
+    ids=["context", "dp_grad_dtype", "chunks", "offload"],
+)
+def test_flags_undo_what_a_configuration_says_that_would_not_go_with_the_plan(words):
+    words = ["--data.seq_len=64k", *words]
+    config = load_config(EIGHT_B, words)
+    found = candidates(config, 8, peak=GPUS["h100"][1], node_size=8, tokens=1 << 19)
+    assert found
+    for c in found[::5]:
+        again = load_config(EIGHT_B, [*words, *c.flags.split()])
+        assert not again.check(8, 8)
+        assert again.engine == c.config.engine
+        assert again.engine.offload == config.engine.offload
+        assert again.parallel.resolve(8) == c.plan
 
 
 def test_more_gpus_more_memory_and_recomputation_do_what_they_should():
@@ -161,14 +185,15 @@ def answer(*words: str) -> str:
 def test_the_answer_names_a_plan_and_says_why():
     text = answer("--config", EIGHT_B, "--world-size", "8", "--top", "4", "--longest")
     rows = text.splitlines()
-    assert "212 plans are possible" in rows[1] or "plans are possible" in rows[1]
+    assert re.match(r"\d+ plans are possible, \d+ fit; one causal document", rows[1])
     assert rows[2].split()[-1] == "longest"
     assert len(rows) == 3 + 4 + 2
     assert all(float(row.split()[8]) <= USABLE * GPUS["h100"][0] / GIB for row in rows[3:7])
     assert rows[7].startswith("take the first: ")
     assert "memory: mostly" in rows[7]
-    degrees = dict(zip(rows[2].split()[1:5], rows[3].split()[1:5], strict=True))
-    assert f"--parallel.ring={degrees['ring']}" in rows[8]
+    dp, pp, ring, uly, tp = (int(word.rstrip("n")) for word in rows[3].split()[:5])
+    plan = load_config(EIGHT_B, rows[8].split()).parallel.resolve(8)
+    assert (plan.dp, plan.pp, plan.ring, plan.ulysses, plan.tp) == (dp, pp, ring, uly, tp)
 
 
 def test_on_two_machines_no_exchange_of_heads_crosses():

@@ -1,4 +1,4 @@
-"""Plans near one that cannot be used: for the same processes, each of them checked as a whole.
+"""Every way to share processes out to the axes of a plan, and the nearest of them where a plan cannot be used.
 
 The hints of single problems say what would mend that problem; a plan with several needs one that mends them all.
 """
@@ -20,14 +20,13 @@ def nearest_plans(
     """The plans on as many processes that work and are the least of a change, nearest first.
 
     How far two plans are apart is how often degrees were doubled or halved between them; dp counts where it was given, and
-    follows from the others where it was not. What needs an axis that is gone (a schedule, sharded norms, a dtype on the ring's
-    wire) is left out with it.
+    follows from the others where it was not.
 
     Args:
         works: whether a plan can be used on these processes.
         count: of plans, at most. None that work: none are given.
     """
-    near = sorted(_candidates(plan, world_size), key=lambda other: _distance(plan, other, world_size))
+    near = sorted(splits(plan, world_size), key=lambda other: _distance(plan, other, world_size))
     found: list[ParallelPlan] = []
     for other in near:
         if len(found) == count:
@@ -39,13 +38,16 @@ def nearest_plans(
 
 def changes(plan: ParallelPlan, other: ParallelPlan) -> str:
     """What makes `other` of `plan`, as on a command line."""
-    names = ("dp", *AXES, "schedule", "shard_norms", "grad_dtype")
+    names = ("dp", "context", *AXES, "schedule", "shard_norms", "grad_dtype", "ulysses_chunks")
     changed = {name: getattr(other, name) for name in names if getattr(other, name) != getattr(plan, name)}
     return " ".join(f"--parallel.{name}={str(value).lower()}" for name, value in changed.items())
 
 
-def _candidates(plan: ParallelPlan, world_size: int) -> Iterator[ParallelPlan]:
-    """Every way to share `world_size` processes out to the axes."""
+def splits(plan: ParallelPlan, world_size: int) -> Iterator[ParallelPlan]:
+    """`plan` with every way to share `world_size` processes out to the axes; dp is given where `plan` gives it.
+
+    What needs an axis that is gone (a schedule, sharded norms, a dtype on the ring's wire, chunks of heads) is left out with it.
+    """
     for tp in _divisors(world_size):
         for ulysses in _divisors(world_size // tp):
             for ring in _divisors(world_size // (tp * ulysses)):
@@ -54,6 +56,7 @@ def _candidates(plan: ParallelPlan, world_size: int) -> Iterator[ParallelPlan]:
                     yield replace(
                         plan,
                         dp=None if plan.dp is None else dp,
+                        context=None,
                         pp=pp,
                         ring=ring,
                         ulysses=ulysses,
@@ -61,6 +64,7 @@ def _candidates(plan: ParallelPlan, world_size: int) -> Iterator[ParallelPlan]:
                         schedule=plan.schedule if pp > 1 else "1f1b",
                         shard_norms=plan.shard_norms and tp > 1,
                         grad_dtype=plan.grad_dtype if ring > 1 else "fp32",
+                        ulysses_chunks=plan.ulysses_chunks if ulysses > 1 else None,
                     )
 
 
