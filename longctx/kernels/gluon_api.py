@@ -16,7 +16,7 @@ from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longctx.kernels.tiles import strides_of
@@ -89,6 +89,12 @@ else:
         _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
 
 
+@builtin
+def laid_out(buffer, layout, _semantic=None):
+    """The same shared memory, taken to be of another layout."""
+    return _semantic.memdesc_reinterpret(buffer, buffer.dtype, buffer.shape, getattr(layout, "value", layout))
+
+
 @gluon.constexpr_function
 def _barrier_asm(operation, number, threads):
     return f"bar.{operation} {number}, {threads}; mov.b32 $0, $1;"
@@ -112,3 +118,12 @@ def named_barrier_arrive(NUMBER: gl.constexpr, THREADS: gl.constexpr, NUM_WARPS:
     threads = gl.arange(0, 32 * NUM_WARPS, layout=layout)
     asm: gl.constexpr = _barrier_asm("arrive", NUMBER, THREADS)
     gl.inline_asm_elementwise(asm, "=r,r", [threads], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def barrier_ring(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers that each complete a phase after ARRIVALS arrivals. To be followed by `fence_async_shared`."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 import triton
+from triton.experimental.gluon import language as gl
 
 from longctx.errors import KernelError
 from longctx.kernels.gluon_api import describe, describe_heads
@@ -21,21 +23,79 @@ from longctx.masks import KeyRange
 
 MAX_HEAD_DIM = 256
 
-# Row block, key block, columns of a piece of dq, pipeline options; by padded head dim. 64 and 128: the best of 4 and 10
-# variants measured on one H200 (triton 3.6.0, bf16, 2026-11-23, 4 x 8k x 16 heads of 128, full and causal: 555 and 520
-# TFLOP/s): taking up the next block's scores early 521 and 477, reductions by the warpgroups themselves 539 and 511, atomics
-# from registers 460, two buffers for dq 542 and 528. 256: what fits in shared memory; 276 TFLOP/s on an H100 at
-# 1 x 32k x 8 heads, causal, where cuDNN has 404.
-_SCHEDULES = {
-    64: (64, 128, 32, {"STAGES": 2}),
-    128: (64, 128, 64, {"STAGES": 2}),
-    256: (64, 64, 64, {"STAGES": 2, "DO_STAGES": 1, "P_STAGES": 1}),
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the kernel for one padded head dim is cut and pipelined.
+
+    Args:
+        rows: of a block, 64 or 128.
+        keys: of a program.
+        stages: blocks of Q in flight.
+        do_stages: blocks of dO in flight.
+        late_dq: dq of a block is computed in the step after it, so that the warpgroups need not meet.
+    """
+
+    rows: int
+    keys: int
+    stages: int
+    do_stages: int
+    late_dq: bool
+
+
+@dataclass(frozen=True)
+class Variant(Schedule):
+    """What is known when the kernel is compiled. `padded` is the head dim of the tiles, with zeros from `head_dim` on."""
+
+    padded: int
+    head_dim: int
+    kind: str
+    has_hi: bool
+    even_n: bool
+    fresh: bool
+    with_dq: bool
+    softcap: float
+
+    @property
+    def masked(self) -> bool:
+        """Whether a block may hold keys that a row must not see."""
+        return self.kind != "full" or not self.even_n
+
+    @property
+    def dq_pieces(self) -> int:
+        """In which a warpgroup's share of dq leaves: of 64 columns each."""
+        return 2 if self.padded == 256 else 1
+
+    @property
+    def scores(self) -> gl.NVMMADistributedLayout:
+        """Of S^T and dP^T, 64 keys to a warpgroup."""
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.rows, 16])
+
+    @property
+    def columns(self) -> gl.NVMMADistributedLayout:
+        """Of a warpgroup's dk and dv: all columns of 64 keys, at 256 half of them."""
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(self.padded, 128), 16])
+
+    @property
+    def dq_share(self) -> gl.NVMMADistributedLayout:
+        """Of a piece of dq, [64, 64]."""
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+
+
+# By padded head dim: the fastest of 12 to 30 variants each on one H100 (triton 3.6.0, bf16, 2026-11-23; TFLOP/s of the kernel).
+# 128, 4 x 8k x 16 heads full / causal: 591 / 577. Before dq was stored without bank conflicts 571 / 541; with dv issued before dS is
+# stored 553 / 521; dq late 550 / 531; dq without any reduction, which is wrong, 625. 64, 1 x 32k x 16 heads: 563 / 533; 64 rows
+# and not late 436 / 444. 256, 1 x 32k x 8 heads, causal: 442; with P and dS halved by rows instead of a warpgroup each 277.
+SCHEDULES = {
+    64: Schedule(rows=128, keys=128, stages=2, do_stages=2, late_dq=True),
+    128: Schedule(rows=64, keys=128, stages=2, do_stages=2, late_dq=False),
+    256: Schedule(rows=64, keys=64, stages=2, do_stages=1, late_dq=False),
 }
 
 
-# Spilled loads and stores in one pass of a loop of 400 to 700 instructions, by padded head dim: without a mask, with one.
-# Triton 3.6; up to 128 most lie on the mask's branch. At 256 one warpgroup keeps addresses on the stack, with 3.9 neither does.
-KNOWN_SPILLS = {64: (0, 0), 128: (2, 16), 256: (64, 80)}
+# Spilled loads and stores in one pass of a loop of 400 to 900 instructions, by padded head dim: without a mask, with one.
+# Triton 3.6; they lie on the mask's branch.
+KNOWN_SPILLS = {64: (0, 40), 128: (0, 0), 256: (0, 10)}
 
 
 def shipped_configurations() -> tuple[Shipped, ...]:
@@ -136,21 +196,34 @@ def launch_with_rows(
     b, sq, h, d = q.shape
     sk, hk = k.shape[1:3]
     d_pad = padded_head_dim(d)
-    block_m, block_n, dq_columns, options = _SCHEDULES[d_pad]
-    intervals = key_interval_args(key_range, sq, sk, q.device)
-    # The lower end is always compared: of a tile with a mask it is the cheaper part.
-    del intervals["HAS_LO"]
+    mask = key_interval_args(key_range, sq, sk, q.device)
+    schedule = SCHEDULES[d_pad]
+    variant = Variant(
+        **asdict(schedule),
+        padded=d_pad,
+        head_dim=d,
+        kind=mask["KIND"],
+        # The lower end is always compared: of a block with a mask it is the cheaper part.
+        has_hi=mask["HAS_HI"],
+        even_n=sk % schedule.keys == 0,
+        fresh=fresh,
+        with_dq=with_dq,
+        softcap=float(softcap),
+    )
     kernel = backward_wide_kernel if d_pad == 256 else backward_kernel
-    kernel[(triton.cdiv(sk, block_n) * hk * b,)](
-        describe_heads(q, block_m, d_pad),
-        describe_heads(dout, block_m, d_pad),
-        describe_heads(k, block_n, d_pad),
-        describe_heads(v, block_n, d_pad),
-        describe(lse2, [lse2.numel()], [1], [block_m]),
-        describe(delta2, [delta2.numel()], [1], [block_m]),
-        describe_heads(dq_acc, block_m, dq_columns),
+    kernel[(triton.cdiv(sk, schedule.keys) * hk * b,)](
+        describe_heads(q, schedule.rows, d_pad),
+        describe_heads(dout, schedule.rows, d_pad),
+        describe_heads(k, schedule.keys, d_pad),
+        describe_heads(v, schedule.keys, d_pad),
+        describe(lse2, [lse2.numel()], [1], [schedule.rows]),
+        describe(delta2, [delta2.numel()], [1], [schedule.rows]),
+        describe_heads(dq_acc, 64, 64),
         dk_acc,
         dv_acc,
+        mask["LO"],
+        mask["HI"],
+        mask["stride_lo"],
         scale=scale,
         qk_scale=scale * LOG2_E,
         sq=sq,
@@ -160,23 +233,14 @@ def launch_with_rows(
         num_kv_heads=hk,
         group=h // hk,
         **stride_args(dk=dk_acc, dv=dv_acc),
-        D=d,
-        D_PAD=d_pad,
-        BM=block_m,
-        BN=block_n,
-        EVEN_N=sk % block_n == 0,
-        FRESH=fresh,
-        WITH_DQ=with_dq,
-        SOFTCAP=float(softcap),
-        **options,
-        **intervals,
+        V=variant,
         num_warps=4,
     )
 
 
 def padded_head_dim(head_dim: int) -> int:
     """The head dim of the tiles that a head dim rides in: the TMA engine fills the rest with zeros."""
-    return next(d for d in _SCHEDULES if d >= head_dim)
+    return next(d for d in SCHEDULES if d >= head_dim)
 
 
 def _refuse(dout, q, k, v, key_range, dq_acc, dk_acc, dv_acc, fresh) -> None:

@@ -1,8 +1,8 @@
 """The Hopper forward's kernel in Gluon: the online softmax of one tile runs under the matrix products of another.
 
-A persistent program for each SM takes row blocks off a common counter. Its producer warp loads tiles with the TMA engine;
-each of its consumer warpgroups owns 64 query rows, which it holds against the key tiles from the last that any row sees to
-the first. Every kind of key range is the same code: masked tiles at either end, unmasked ones between.
+A persistent program for each SM takes row blocks off a common counter. Its producer warp (`hopper_forward_loader`) loads tiles
+with the TMA engine; each of its consumer warpgroups owns 64 query rows, which it holds against the key tiles from the last
+that any row sees to the first. Every kind of key range is the same code: masked tiles at either end, unmasked ones between.
 
 `V` is a `hopper_forward.Variant`: all that is known when the kernel is compiled.
 
@@ -21,90 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from longctx.kernels.gluon_api import tma_load, tma_store, tma_store_wait
+from longctx.kernels.gluon_api import barrier_ring, tma_store, tma_store_wait
+from longctx.kernels.hopper_forward_loader import key_tiles, produce, row_block, visible
 from longctx.kernels.hopper_softmax import as_operand, lane_sums, mask_scores, pack_pairs
-
-
-@gluon.jit
-def _visible(mask, batch, m0, sq, sk, ROWS: gl.constexpr, V: gl.constexpr):
-    """Keys that any (`first`, `end`) and that all (`full_lo`, `full_hi`) of the rows [m0, m0 + ROWS) see.
-
-    Both ends never decrease, so the first and the last row bound them all. Past the end the last row stands for all.
-    """
-    m0 = gl.minimum(m0, sq - 1)
-    last = gl.minimum(m0 + ROWS, sq) - 1
-    lo, hi, stride = mask
-    if V.kind == "full":
-        return m0 * 0, m0 * 0 + sk, m0 * 0, m0 * 0 + sk
-    elif V.kind == "band":
-        first = gl.maximum(m0 + lo, 0)
-        end = gl.minimum(gl.maximum(last + hi, 0), sk)
-        return first, end, gl.maximum(last + lo, 0), gl.minimum(gl.maximum(m0 + hi, 0), sk)
-    else:
-        lo += batch.to(gl.int64) * stride
-        hi += batch.to(gl.int64) * stride
-        return gl.load(lo + m0), gl.load(hi + last), gl.load(lo + last), gl.load(hi + m0)
-
-
-@gluon.jit
-def _key_tiles(first, end, BLOCK_N: gl.constexpr):
-    """Tiles [start, stop) that cover the keys [first, end): at least one, so that every row block has a first tile."""
-    start = first // BLOCK_N
-    return start, gl.maximum(gl.cdiv(end, BLOCK_N), start + 1)
-
-
-@gluon.jit
-def _row_block(index, work):
-    """(row block, batch, head) of a piece of work: `section` heads side by side, from the last rows to the first."""
-    num_m, section, num_heads, _, _ = work
-    within = index % (num_m * section)
-    flat = index // (num_m * section) * section + within % section
-    return num_m - 1 - within // section, flat // num_heads, flat % num_heads
-
-
-@gluon.jit
-def _produce(args, V: gl.constexpr):
-    """The producer warp: for each row block its queries, then its key and value tiles, from the last to the first."""
-    descs, tiles, barriers, next_work, mask, work, sizes = args
-    BLOCK_N: gl.constexpr = V.schedule.block_n
-    STAGES: gl.constexpr = V.schedule.stages
-    GROUPS: gl.constexpr = V.schedule.groups
-    ROWS: gl.constexpr = V.schedule.groups * 64
-    desc_q, desc_k, desc_v = descs
-    q_tiles, _, k_tiles, v_tiles = tiles
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    counter, slot, slot_full, slot_empty = next_work
-    sq, sk = sizes
-    _, _, _, group, num_work = work
-    index = gl.program_id(0)
-    count = 0
-    turn = 0
-    while index < num_work:
-        m, batch, head = _row_block(index, work)
-        first, end, _, _ = _visible(mask, batch, m * ROWS, sq, sk, ROWS, V)
-        start, stop = _key_tiles(first, end, BLOCK_N)
-        for g in gl.static_range(GROUPS):
-            mbarrier.wait(q_empty.index(g), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(g), desc_q.block_type.nbytes)
-            tma_load(desc_q, [batch, head, m * ROWS + g * 64, 0], q_full.index(g), q_tiles.index(g))
-        for i in range(0, stop - start):
-            n = (stop - 1 - i) * BLOCK_N
-            stage = count % STAGES
-            phase = ((count // STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), desc_k.block_type.nbytes)
-            tma_load(desc_k, [batch, head // group, n, 0], k_full.index(stage), k_tiles.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), desc_v.block_type.nbytes)
-            tma_load(desc_v, [batch, head // group, n, 0], v_full.index(stage), v_tiles.index(stage))
-            count += 1
-        # The consumers still have the tiles in flight to do: the counter's answer arrives before they need it.
-        index = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-        mbarrier.wait(slot_empty, (turn & 1) ^ 1)
-        one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-        slot.store(gl.full([1], 0, gl.int32, layout=one) + index)
-        mbarrier.arrive(slot_full, count=1)
-        turn += 1
 
 
 @gluon.jit
@@ -211,12 +130,12 @@ def _attend(
     q_full, q_empty, k_full, k_empty, _, _ = barriers
     dtype: gl.constexpr = k_tiles.dtype
     sq, sk = sizes
-    first, end, _, _ = _visible(mask, batch, m0, sq, sk, ROWS, V)
-    start, stop = _key_tiles(first, end, BLOCK_N)
+    first, end, _, _ = visible(mask, batch, m0, sq, sk, ROWS, V)
+    start, stop = key_tiles(first, end, BLOCK_N)
     # All groups walk over the same tiles, but which of them need a mask is this group's own affair.
     m0 += GROUP * 64
-    first, end, full_lo, full_hi = _visible(mask, batch, m0, sq, sk, 64, V)
-    own_start, own_stop = _key_tiles(first, end, BLOCK_N)
+    first, end, full_lo, full_hi = visible(mask, batch, m0, sq, sk, 64, V)
+    own_start, own_stop = key_tiles(first, end, BLOCK_N)
     own_stop = gl.minimum(own_stop, stop)
     own_start = gl.minimum(own_start, own_stop - 1)
     count = _pass_over(stop - own_stop, count, barriers, V)
@@ -344,7 +263,7 @@ def _consume(args, GROUP: gl.constexpr, V: gl.constexpr):
     count = 0
     turn = 0
     while index < work[4]:
-        m, batch, head = _row_block(index, work)
+        m, batch, head = row_block(index, work)
         p, alpha, acc, top, l, count, rest = _attend(
             m * ROWS, batch, head, count, turn, GROUP, tiles, barriers, mask, pointers, strides, sizes, units, V
         )
@@ -358,15 +277,6 @@ def _consume(args, GROUP: gl.constexpr, V: gl.constexpr):
         mbarrier.arrive(slot_empty, count=1)
         turn += 1
     tma_store_wait(0)
-
-
-@gluon.jit
-def _ring(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT barriers that each complete a phase after ARRIVALS arrivals."""
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
 
 
 @gluon.jit(
@@ -389,10 +299,10 @@ def forward_kernel(
         out_tiles = q_tiles
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], desc_k.layout)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], desc_v.layout)
-    q_full, q_empty = _ring(GROUPS, 1), _ring(GROUPS, 1)
-    k_full, k_empty = _ring(STAGES, 1), _ring(STAGES, GROUPS)
-    v_full, v_empty = _ring(STAGES, 1), _ring(STAGES, GROUPS)
-    slot_full, slot_empty = _ring(1, 1), _ring(1, GROUPS)
+    q_full, q_empty = barrier_ring(GROUPS, 1), barrier_ring(GROUPS, 1)
+    k_full, k_empty = barrier_ring(STAGES, 1), barrier_ring(STAGES, GROUPS)
+    v_full, v_empty = barrier_ring(STAGES, 1), barrier_ring(STAGES, GROUPS)
+    slot_full, slot_empty = barrier_ring(1, 1), barrier_ring(1, GROUPS)
     slot = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     fence_async_shared()
 
@@ -404,7 +314,8 @@ def forward_kernel(
     sizes = (sq, sk)
     strides = (stride_xb, stride_xs, stride_xh, stride_ob, stride_os, stride_oh, stride_lb, stride_lh)
     consumed = (desc_out, (OUT, OLD, LSE), strides, tiles, barriers, next_work, mask, work, sizes, (unit, inner))
-    produced = ((desc_q, desc_k, desc_v), tiles, barriers, next_work, mask, work, sizes)
+    carried = (OLD, stride_xb, stride_xs, stride_xh)
+    produced = ((desc_q, desc_k, desc_v), tiles, barriers, next_work, mask, work, sizes, carried)
     CONSUMER: gl.constexpr = V.schedule.registers[0]
     PRODUCER: gl.constexpr = V.schedule.registers[1]
     # One more list per number of groups: what is specialised is spelled out, not looped over.
@@ -413,7 +324,7 @@ def forward_kernel(
             [
                 (_consume, (consumed, gl.constexpr(0), gl.constexpr(V))),
                 (_consume, (consumed, gl.constexpr(1), gl.constexpr(V))),
-                (_produce, (produced, gl.constexpr(V))),
+                (produce, (produced, gl.constexpr(V))),
             ],
             [4, 1],
             [CONSUMER, PRODUCER],
@@ -424,7 +335,7 @@ def forward_kernel(
                 (_consume, (consumed, gl.constexpr(0), gl.constexpr(V))),
                 (_consume, (consumed, gl.constexpr(1), gl.constexpr(V))),
                 (_consume, (consumed, gl.constexpr(2), gl.constexpr(V))),
-                (_produce, (produced, gl.constexpr(V))),
+                (produce, (produced, gl.constexpr(V))),
             ],
             [4, 4, 1],
             [CONSUMER, CONSUMER, PRODUCER],

@@ -6,7 +6,7 @@ JSON. A race ends it with a device-side assertion that names it.
 Triton 3.6's sanitizer knows warp specialisation, mbarriers, TMA loads and stores and wgmma. What it does not know is put in a
 form that it does, in copies of the kernels' source:
 
-* named barriers become mbarriers at which the same warpgroups arrive and wait;
+* the named barrier at which the warpgroups meet becomes two mbarriers: each says that it has come and waits for the other;
 * TMA reductions become TMA stores, which read shared memory alike and are waited for alike (dq is then wrong, nothing else);
 * registers stay evenly spread: its checks are calls that need more than the 24 of a warp that moves data.
 
@@ -35,9 +35,10 @@ import longctx.kernels
 from longctx.kernels.shipped import Shipped
 
 FOLDER = Path(longctx.kernels.__file__).parent
-NARROW, WIDE, FORWARD = "hopper_backward_kernel", "hopper_backward_wide", "hopper_forward_kernel"
-# Loaded in this order: the second uses what stands in the first.
-MODULES = (NARROW, WIDE, FORWARD)
+PARTS, NARROW, WIDE = "hopper_backward_parts", "hopper_backward_kernel", "hopper_backward_wide"
+LOADER, FORWARD = "hopper_forward_loader", "hopper_forward_kernel"
+# Loaded in this order: later ones use what stands in earlier ones.
+MODULES = (PARTS, NARROW, WIDE, LOADER, FORWARD)
 ENVIRONMENT = {"TRITON_INSTRUMENTATION_MODE": "consan", "CUDA_LAUNCH_BLOCKING": "1", "OMP_NUM_THREADS": "1"}
 # Two row blocks of 192 with a ragged end, four tiles of 128 keys: every ring of buffers goes round more than once.
 EVEN, RAGGED = 512, 520
@@ -54,27 +55,11 @@ class Change:
     new: str
 
 
-# Two more barriers beside dq's, for the meetings of the computing warpgroups.
-_MORE_BARRIERS = (
-    Change(
-        NARROW,
-        "    dq_full = gl.allocate_shared_memory(gl.int64, [2, 1],",
-        "    dq_full = gl.allocate_shared_memory(gl.int64, [4, 1],",
-    ),
-    Change(
-        NARROW,
-        "        mbarrier.init(dq_full.index(i), count=1)\n",
-        "        mbarrier.init(dq_full.index(i), count=1)\n        mbarrier.init(dq_full.index(2 + i), count=2)\n",
-    ),
-)
-# Which of the two barriers each meeting takes, in the order of the source.
-_MEETINGS = {NARROW: (2,), WIDE: (3, 2)}
-
 # name -> (which shipped kernel, what is left out). Each must be reported.
 MISTAKES = {
     "keys are loaded over those still read": (
         "forward-d128-full-carry",
-        Change(FORWARD, "            mbarrier.wait(k_empty.index(stage), phase)\n", ""),
+        Change(LOADER, "            mbarrier.wait(k_empty.index(stage), phase)\n", ""),
     ),
     "keys are read before they have come": (
         "forward-d128-rows-final",
@@ -85,16 +70,28 @@ MISTAKES = {
         ),
     ),
     "dS is read before both warpgroups have written": (
-        "backward-d64-full",
+        "backward-d128-full",
         Change(NARROW, "        named_barrier_sync(9, 256)\n", ""),
+    ),
+    "dS of the step before is read before both warpgroups have written": (
+        "backward-d64-full",
+        Change(NARROW, "            _await_other(t, ds_ready, CID)\n", "            pass\n"),
+    ),
+    "P is read before it has been written": (
+        "backward-d256-full",
+        Change(WIDE, "    mbarrier.wait(p_ready, t & 1)\n", ""),
     ),
     "dq is written over what is being added": (
         "backward-d128-full",
-        Change(NARROW, "    mbarrier.wait(empty, (turn & 1) ^ 1)\n", ""),
+        Change(PARTS, "    mbarrier.wait(empty, (turn & 1) ^ 1)\n", ""),
     ),
     "dO is read before it has come": (
         "backward-d256-full",
-        Change(WIDE, "    mbarrier.wait(do_full.index(j), (t // DO_STAGES) & 1)\n", ""),
+        Change(
+            WIDE,
+            "    mbarrier.wait(do_full.index(j), (t // V.do_stages) & 1)\n    dp =",
+            "    dp =",
+        ),
     ),
 }
 
@@ -113,27 +110,16 @@ def sources(mistake: str | None = None) -> dict[str, str]:
     Raises:
         AssertionError: a kernel's source has changed so that a replacement no longer fits: adapt it here.
     """
-    changes = list(_MORE_BARRIERS)
-    if mistake is not None:
-        # Before the meetings are replaced: one of them may be what is left out.
-        changes.insert(0, MISTAKES[mistake][1])
     texts = {name: (FOLDER / f"{name}.py").read_text() for name in MODULES}
-    for change in changes:
+    assert len(_MEETING.findall(texts[NARROW])) == 1, f"{NARROW}.py has other meetings than it had"
+    if mistake is not None:
+        # Before the meeting is replaced: it may be what is left out.
+        change = MISTAKES[mistake][1]
         count = texts[change.module].count(change.old)
         assert count == 1, f"{change.module}.py has this {count} times, not once:\n{change.old}"
         texts[change.module] = texts[change.module].replace(change.old, change.new)
-    for module, text in texts.items():
-        barriers = iter(_MEETINGS.get(module, ()))
-        left_out = mistake is not None and "named_barrier_sync" in MISTAKES[mistake][1].old
-        want = len(_MEETINGS.get(module, ())) - (left_out and MISTAKES[mistake][1].module == module)
-        found = len(_MEETING.findall(text))
-        assert found == want, f"{module}.py has {found} meetings, not {want}"
-
-        def meet(match: re.Match[str], barriers=barriers) -> str:
-            at = f"dq_full.index({next(barriers)})"
-            return f"{match[1]}mbarrier.arrive({at}, count=1)\n{match[1]}mbarrier.wait({at}, t & 1)"
-
-        texts[module] = _MEETING.sub(meet, text)
+    met = r"\1mbarrier.arrive(ds_ready.index(CID), count=1)\n\1mbarrier.wait(ds_ready.index(1 - CID), t & 1)"
+    texts[NARROW] = _MEETING.sub(met, texts[NARROW])
     return texts
 
 
@@ -154,7 +140,7 @@ def install(folder: Path, mistake: str | None = None) -> None:
         sys.modules[full] = module
         spec.loader.exec_module(module)
         setattr(longctx.kernels, name, module)
-    sys.modules[f"longctx.kernels.{NARROW}"].tma_reduce_add = gluon_api.tma_store
+    sys.modules[f"longctx.kernels.{PARTS}"].tma_reduce_add = gluon_api.tma_store
     plain = GluonSemantic.warp_specialize
 
     def evenly(self, functions, num_warps, num_registers, generator):
