@@ -14,11 +14,12 @@ from typing import Any
 
 from longctx.bench_timing import TIMED
 from longctx.errors import ConfigError
+from longctx.kernel_rules import AttentionCase
 from longctx.kernels import kernel_names
 from longctx.peers import contenders, short
 from longctx.predecessors import sweep_contenders
 from longctx.results import Measurement, read
-from longctx.tables import AttentionCase, latest, provenance
+from longctx.tables import latest, provenance
 
 _DIGEST_KEY = "longctx data"
 _RING_ALONE, _RING_PEERS = "one GPU", ("torch-cp", "ulysses-torch")

@@ -177,6 +177,8 @@ def _model_state(
         # The layer at work and the next, or the largest table.
         table = model.vocab_size * model.hidden_size // plan.tp
         weights = weights // share + itemsize * max(2 * layer, table) * (share > 1)
+    # Of a micro-batch after the first, beside the sums in fp32 of those before.
+    of_one = itemsize * params if engine.accumulation_steps > 1 and itemsize == 2 else 0
     host = 0
     if engine.offload != "none":
         # DeepSpeed keeps the gradients' sums where the optimizer is.
@@ -185,7 +187,7 @@ def _model_state(
     if engine.offload == "all":
         host += itemsize * params // share
         weights -= itemsize * params // share
-    return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "host": host}
+    return {"weights": weights, "gradients": gradients + of_one, "optimizer": optimizer, "host": host}
 
 
 def _zero_buckets(engine: EngineConfig, plan: ParallelPlan, params: int) -> int:

@@ -261,7 +261,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m longctx.results`; returns the exit code."""
     # Here: the tables are made of what this module reads.
-    from longctx.tables import render, rules_text, with_rules, with_unit
+    from longctx.kernel_rules import rules_text, with_rules
+    from longctx.tables import render, with_unit
 
     args = parser().parse_args(argv)
     try:

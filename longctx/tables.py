@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from longctx.errors import ConfigError, did_you_mean
 from longctx.kernels import kernel_names
-from longctx.kernels.choice import Table
 from longctx.results import Measurement
-from longctx.settings import parse_size
 
 
 def latest(rows: Iterable[Measurement]) -> list[Measurement]:
@@ -95,93 +91,6 @@ def _any_config(cells: dict[tuple[str, str], dict[str, str]], system: str) -> di
     return next((got for (_, s), got in cells.items() if s == system), None)
 
 
-# GPUs whose measurements decide `kernel = "auto"` -> their compute capability.
-_DECIDING_GPUS = {"NVIDIA H100 80GB HBM3": (9, 0)}
-# A benchmark's mask -> the kind of block that it makes.
-_BLOCK_KINDS = {"causal": "causal", "full": "full", "window": "band", "docs": "rows"}
-_ATTENTION_CASE = re.compile(r"\d+ x (?P<length>\w+), \d+/\d+ heads of (?P<head_dim>\d+), (?P<mask>[a-z]+)")
-
-
-class AttentionCase(NamedTuple):
-    """What the `config` of an attention measurement says: `1 x 32k, 32/8 heads of 128, causal`."""
-
-    head_dim: int
-    mask: str
-    length: int
-
-    @staticmethod
-    def of(row: Measurement) -> AttentionCase | None:
-        """None if the row is of something else."""
-        found = _ATTENTION_CASE.match(row.config)
-        length = parse_size(found["length"]) if found else None
-        return AttentionCase(int(found["head_dim"]), found["mask"], length) if found and length else None
-
-
-def kernel_rules(rows: Sequence[Measurement]) -> dict[tuple[int, int], Table]:
-    """What `longctx.kernels.choice.MEASURED` should say by these measurements.
-
-    A shape that was measured with several batch sizes or numbers of heads has the mean of their speeds, over the cases that
-    every kernel of the shape has. Where our call around cuDNN was not measured, its forward has the speed of torch's: the last
-    block's is the same call. Its backward adds sums and casts of ours, so nothing is said of that one.
-    """
-    speeds: dict[tuple, dict[str, dict[str, float]]] = {}
-    for row in latest(rows):
-        kernel = row.name.split("/", 1)[1] if row.name.startswith(("attention/", "sweep/")) else ""
-        case = AttentionCase.of(row)
-        is_stand_in = (kernel, row.metric) == ("cudnn-torch", "forward")
-        if row.gpu not in _DECIDING_GPUS or case is None or not (is_stand_in or kernel in kernel_names()):
-            continue
-        if row.metric not in ("forward", "backward"):
-            continue
-        shape = case.head_dim, _BLOCK_KINDS[case.mask], case.length
-        by_kernel = speeds.setdefault((_DECIDING_GPUS[row.gpu], shape, row.metric), {})
-        if is_stand_in:
-            by_kernel.setdefault("cudnn", {}).setdefault(row.config, row.value)
-        else:
-            by_kernel.setdefault(kernel, {})[row.config] = row.value
-    found: dict[tuple[int, int], Table] = {}
-    for (capability, shape, metric), by_kernel in sorted(speeds.items()):
-        common = set.intersection(*(set(cases) for cases in by_kernel.values()))
-        means = {
-            kernel: round(statistics.mean(cases[c] for c in (common or cases))) for kernel, cases in by_kernel.items()
-        }
-        pair = found.setdefault(capability, {}).setdefault(shape, ({}, {}))
-        pair[metric == "backward"].update(sorted(means.items(), key=lambda item: -item[1]))
-    return found
-
-
-def rules_text(rows: Sequence[Measurement]) -> str:
-    """`kernel_rules` as the lines that `longctx/kernels/choice.py` holds, with where they come from."""
-    lines = [f"# {provenance([row for row in rows if row.gpu in _DECIDING_GPUS])}"]
-    for capability, table in kernel_rules(rows).items():
-        lines += [f"    {capability}: {{"]
-        lines += [f"        {shape}: {pair},".replace("'", '"') for shape, pair in table.items()]
-        lines += ["    },"]
-    return "\n".join(lines)
-
-
-_RULES = re.compile(
-    r"(?P<before>\n)# From (?P<from>[^\n]*)\n(?P<open># fmt: off\nMEASURED[^\n]*\{\n).*?(?P<close>^\}\n# fmt: on\n)",
-    re.DOTALL | re.MULTILINE,
-)
-
-
-def with_rules(text: str, rows: Sequence[Measurement]) -> str:
-    """`text`, the source of `longctx/kernels/choice.py`, with the table that the measurements make.
-
-    Raises:
-        ConfigError: it holds no such table, or there is nothing to choose by.
-    """
-    where, *lines = rules_text(rows).splitlines()
-    if not lines:
-        raise ConfigError("no measurements to choose a kernel by: run longctx bench attention --csv on a GPU first")
-    found = _RULES.search(text)
-    if found is None:
-        raise ConfigError("there is no table MEASURED between `# fmt: off` and `# fmt: on`, after a line `# From ...`")
-    table = f"\n# From {where.removeprefix('# ')}.\n{found['open']}" + "\n".join(lines) + f"\n{found['close']}"
-    return text[: found.start()] + table + text[found.end() :]
-
-
 _TRAINING_METRICS = {"tokens/s": "tokens/s", "mfu": "MFU", "mfu dense": "MFU if dense", "memory": "peak memory"}
 
 
@@ -217,22 +126,57 @@ def with_unit(row: Measurement) -> str:
     return f"{row.value:.1f} {row.unit}"
 
 
+# system -> column, in order. The first table holds ways to attend over several GPUs, the second what one of them costs NCCL.
+_RING_COLUMNS = {
+    "one GPU: ours": "one GPU: ours",
+    "one GPU: ours, share and halo": "one GPU: ours, share and halo",
+    "one GPU: cuDNN (torch)": "one GPU: cuDNN",
+    "torch-cp-alltoall": "torch CP, alltoall",
+    "torch-cp-allgather": "torch CP, allgather",
+    "ulysses-torch": "Ulysses, cuDNN",
+    "auto-auto": "**ours: auto**",
+    "direct-nccl": "**ours: direct**",
+    "gather-nccl": "**ours: gather**",
+    "ulysses": "**ours: Ulysses**",
+}
+_NCCL_COLUMNS = {
+    "direct-nccl": "NCCL as it is",
+    "direct-nccl-16sms": "at most 16 SMs",
+    "direct-nccl-8sms": "at most 8 SMs",
+    "direct-nccl-4sms": "at most 4 SMs",
+    "direct-nccl-no-priority": "normal priority",
+    "direct-copy_engine": "copy engine",
+}
+
+
 def context_parallel_table(rows: Sequence[Measurement]) -> str:
     """Forward / forward+backward TFLOP/s per GPU of attention over several GPUs: a row a shape, a column a way to do it."""
     rows = latest([row for row in rows if row.name.startswith("ring/")])
     if not rows:
         return "Not measured yet."
-    cells: dict[tuple[str, str], dict[str, float]] = {}
+    commit = max(rows, key=lambda row: row.date).commit
+    cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
-        cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = row.value
-    systems = list(dict.fromkeys(system for _, system in cells))
-    body = []
-    for config in dict.fromkeys(config for config, _ in cells):
-        found = [cells.get((config, system), {}) for system in systems]
-        rates = [[got[m] for m in ("forward", "forward+backward") if m in got] for got in found]
-        body.append([config, *(" / ".join(f"{x:.0f}" for x in of_system) or "-" for of_system in rates)])
-    table = markdown(["batch x length, heads, mask", *systems], body)
-    return f"{provenance(rows)}; TFLOP/s per GPU forward / forward+backward, bf16\n\n{table}"
+        mark = "" if row.commit == commit else "†"
+        cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = f"{row.value:.0f}{mark}"
+
+    def table(columns: dict[str, str], configs: Sequence[str]) -> str:
+        systems = [system for system in columns if any((config, system) in cells for config in configs)]
+        body = []
+        for config in configs:
+            found = [cells.get((config, system), {}) for system in systems]
+            rates = [[got[m] for m in ("forward", "forward+backward") if m in got] for got in found]
+            body.append([config, *(" / ".join(of_system) or "-" for of_system in rates)])
+        return markdown(["batch x length, heads, mask", *(columns[system] for system in systems)], body)
+
+    configs = list(dict.fromkeys(config for config, _ in cells))
+    tables = [table(_RING_COLUMNS, configs)]
+    held = [c for c in configs if any((c, system) in cells for system in _NCCL_COLUMNS if "sms" in system)]
+    if held:
+        tables.append("The direct exchange by what it leaves to attention:\n\n" + table(_NCCL_COLUMNS, held))
+    if "†" in "".join(tables):
+        tables.append("`†` measured with an earlier commit, in another run.")
+    return "\n\n".join([f"{provenance(rows)}; TFLOP/s per GPU forward / forward+backward, bf16", *tables])
 
 
 def ring_table(rows: Sequence[Measurement]) -> str:
@@ -322,7 +266,7 @@ _ERROR_TENSORS = ("out", "lse", "dq", "dk", "dv")
 
 
 def errors_table(rows: Sequence[Measurement]) -> str:
-    """Errors of one GPU's kernels against float64: ours, with the multiples of the least of cuDNN's and FA4's in brackets."""
+    """Errors of our kernels against float64, in brackets as multiples of the lesser of cuDNN's and FA4's."""
     rows = latest([row for row in rows if row.name.startswith("errors/")])
     if not rows:
         return "Not measured yet."
@@ -333,6 +277,7 @@ def errors_table(rows: Sequence[Measurement]) -> str:
     body = [
         [config, known[name], *(_error_cell(got, tensor) for tensor in _ERROR_TENSORS)]
         for (config, name), got in cells.items()
+        if name in kernel_names()
     ]
     table = markdown(["batch x length, heads, mask", "kernel", *_ERROR_TENSORS], body)
     worst = {

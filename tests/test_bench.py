@@ -13,7 +13,7 @@ from bench_contenders import CPU, SMALL, Broken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx import bench, bench_errors, figures, peers, predecessors, results, tables
+from longctx import bench, bench_errors, figures, kernel_rules, peers, predecessors, results, tables
 from longctx.kernels import kernel_names
 from longctx.peers import Case, Ours, Unavailable
 from longctx.results import read
@@ -40,7 +40,7 @@ class TestCase:
             row = results.Measurement(
                 name="", commit="", date="", gpu="", gpus=1, torch="", triton="", config=case.label, metric="", value=0.0, unit=""
             )  # fmt: skip
-            assert tables.AttentionCase.of(row) == (case.head_dim, case.mask, case.seq_len)
+            assert kernel_rules.AttentionCase.of(row) == (case.head_dim, case.mask, case.seq_len)
 
     @pytest.mark.parametrize("seq_len", [256, 4096])
     def test_large_logits_are_about_as_large_as_said(self, seq_len):

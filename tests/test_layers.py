@@ -53,7 +53,18 @@ LAYERS = (
     ("L4", ("attention", "rope", "model_config", "initial", "model")),
     (
         "L5 text and numbers",
-        ("settings", "corpus", "tokenizer", "tokens", "data", "telemetry", "metrics", "results", "tables"),
+        (
+            "settings",
+            "corpus",
+            "tokenizer",
+            "tokens",
+            "data",
+            "telemetry",
+            "metrics",
+            "results",
+            "tables",
+            "kernel_rules",
+        ),
     ),
     (
         "L5 DeepSpeed",

@@ -29,7 +29,7 @@ EIGHT_B = "configs/llama3_8b_128k_ring8.toml"
 
 
 def runs() -> dict[str, dict[str, float]]:
-    """The measured trainings of the 1B model: "64k tokens on 2, tp 2" -> metric -> value."""
+    """The measured trainings of the 1B model: "64k tokens on 2, pp 2, 4 micro-batches" -> metric -> value."""
     found: dict[str, dict[str, float]] = {}
     for row in latest(read(RESULTS / "training.csv")):
         if row.name.startswith("train/longctx") and row.config.startswith("1.24B"):
@@ -40,6 +40,8 @@ def runs() -> dict[str, dict[str, float]]:
 
 
 RUNS = runs()
+# Runs with the attention kernels of today; the others' were slower.
+OF_TODAY = [key for key in RUNS if key.endswith("4 micro-batches")]
 
 
 def config_of(key: str):
@@ -47,6 +49,9 @@ def config_of(key: str):
     length, gpus, what = re.fullmatch(r"(\d+k) tokens on (\d+), (.*)", key).groups()
     degrees = [f"--parallel.ring={gpus}"] if what == "ring" else []
     for word in what.split(", ") if what != "ring" else ():
+        if word.endswith(" micro-batches"):
+            degrees.append(f"--engine.accumulation_steps={word.split(' ')[0]}")
+            continue
         name, value = word.split(" ")
         degrees.append({"ZeRO": f"--engine.zero_stage={value}"}.get(name, f"--parallel.{name}={value}"))
     config = load_config(ONE_B, [f"--data.seq_len={length}", *degrees])
@@ -54,7 +59,8 @@ def config_of(key: str):
 
 
 def test_there_are_runs_to_compare_with():
-    assert len(RUNS) >= 5
+    assert len(RUNS) >= 9
+    assert len(OF_TODAY) >= 4
 
 
 @pytest.mark.parametrize("key", RUNS)
@@ -64,14 +70,12 @@ def test_memory_is_that_of_measured_runs(key):
     assert estimate.total / GIB == pytest.approx(RUNS[key]["memory"], rel=0.04)
 
 
-@pytest.mark.parametrize("key", RUNS)
+@pytest.mark.parametrize("key", OF_TODAY)
 def test_speed_is_near_that_of_measured_runs(key):
     config, plan, gpus = config_of(key)
-    if plan.pp > 1:
-        config = replace(config, engine=replace(config.engine, accumulation_steps=4))
     time = step_time(config, plan, peak=GPUS["h200"][1], node_size=gpus)
     speed = config.data.seq_len * config.engine.accumulation_steps / time.total
-    assert speed == pytest.approx(RUNS[key]["tokens/s"], rel=0.15)
+    assert speed == pytest.approx(RUNS[key]["tokens/s"], rel=0.1)
 
 
 class Live(TorchDispatchMode):

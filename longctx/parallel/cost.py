@@ -30,7 +30,7 @@ MESSAGE_S = 20e-6
 LAUNCH_S = 150e-6
 
 # FLOP/s of kernels forward and backward, by name; of any other, the last.
-KERNEL_FLOPS = {"hopper": (650e12, 550e12), "cudnn": (600e12, 540e12), "triton": (500e12, 400e12)}
+KERNEL_FLOPS = {"hopper": (650e12, 580e12), "cudnn": (600e12, 540e12), "triton": (500e12, 400e12)}
 
 # Five products instead of two.
 BACKWARD = 2.5

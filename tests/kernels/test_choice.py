@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from longctx import kernels, results, tables
+from longctx import kernel_rules, kernels, results
 from longctx.errors import KernelError
 from longctx.kernels import choice, kernel_names, select_kernel
 from longctx.masks import KeyRange
@@ -46,20 +46,20 @@ def first(head_dim: int, kind: str, length: int, direction: str, dtype: torch.dt
 
 def test_the_table_is_that_of_the_results():
     rows = results.read(results.RESULTS)
-    assert tables.kernel_rules(rows) == choice.MEASURED, "run python -m longctx.results --write-rules"
+    assert kernel_rules.kernel_rules(rows) == choice.MEASURED, "run python -m longctx.results --write-rules"
 
 
 def test_the_printed_table_is_python_that_says_the_same():
     rows = results.read(results.RESULTS)
-    comment, *lines = tables.rules_text(rows).splitlines()
+    comment, *lines = kernel_rules.rules_text(rows).splitlines()
     assert comment.startswith("# NVIDIA H100")
-    assert ast.literal_eval("{" + "\n".join(lines) + "}") == tables.kernel_rules(rows)
+    assert ast.literal_eval("{" + "\n".join(lines) + "}") == kernel_rules.kernel_rules(rows)
 
 
 def test_the_written_table_is_that_of_the_measurements(tmp_path, capsys):
     source = results.CHOICE.read_text()
     rows = results.read(results.RESULTS)
-    assert tables.with_rules(source, rows) == source, "run python -m longctx.results --write-rules"
+    assert kernel_rules.with_rules(source, rows) == source, "run python -m longctx.results --write-rules"
     copy = tmp_path / "choice.py"
     copy.write_text(source.replace('"hopper": 5', '"hopper": 9'))
     assert copy.read_text() != source
@@ -86,7 +86,7 @@ def test_a_shape_of_several_cases_has_the_mean_of_those_that_all_kernels_have():
         speed("triton", plain, 80.0, metric="backward"),
         speed("triton", plain, 80.0, metric="block backward"),
     ]
-    assert tables.kernel_rules(rows) == {
+    assert kernel_rules.kernel_rules(rows) == {
         (9, 0): {(128, "band", 32768): ({"cudnn": 120, "triton": 100}, {"triton": 80})}
     }
 
