@@ -99,6 +99,7 @@ def training_table(rows: Sequence[Measurement]) -> str:
     rows = latest([row for row in rows if row.name.startswith("train/")])
     if not rows:
         return "Not measured yet."
+    commit = max((row for row in rows if not row.source), key=lambda row: row.date, default=rows[0]).commit
     body = []
     for config, gpus, gpu in dict.fromkeys((r.config, r.gpus, r.gpu) for r in rows):
         of_config = [r for r in rows if (r.config, r.gpus, r.gpu) == (config, gpus, gpu)]
@@ -107,14 +108,16 @@ def training_table(rows: Sequence[Measurement]) -> str:
             line = [
                 config,
                 f"{gpus} x {gpu}" if gpus else gpu,
-                name.split("/", 1)[1] + ("*" if all(r.source for r in got.values()) else ""),
+                name.split("/", 1)[1]
+                + "".join({"*" if r.source else "" if r.commit == commit else "†" for r in got.values()}),
             ]
             body.append([*line, *(with_unit(got[m]) if m in got else "-" for m in _TRAINING_METRICS)])
     table = markdown(["model, sequence", "GPUs", "system", *_TRAINING_METRICS.values()], body)
     note = provenance(rows)
-    return "\n\n".join(
-        filter(None, [table, "`*` from `benchmarks/results/anchors.csv`." + (f" Ours: {note}." if note else "")])
-    )
+    said = "`*` from `benchmarks/results/anchors.csv`." + (f" Ours: {note}." if note else "")
+    if "†" in table:
+        said += " `†` with an earlier commit, whose kernels were slower."
+    return f"{table}\n\n{said}"
 
 
 def with_unit(row: Measurement) -> str:
