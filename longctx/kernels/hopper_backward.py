@@ -83,9 +83,11 @@ class Variant(Schedule):
 
 
 # By padded head dim: the fastest of 12 to 30 variants each on one H100 (triton 3.6.0, bf16, 2026-11-23; TFLOP/s of the kernel).
-# 128, 4 x 8k x 16 heads full / causal: 591 / 577. Before dq was stored without bank conflicts 571 / 541; with dv issued before dS is
-# stored 553 / 521; dq late 550 / 531; dq without any reduction, which is wrong, 625. 64, 1 x 32k x 16 heads: 563 / 533; 64 rows
-# and not late 436 / 444. 256, 1 x 32k x 8 heads, causal: 442; with P and dS halved by rows instead of a warpgroup each 277.
+# 128, 4 x 8k x 16 heads full / causal: 591 / 577, of which dq without bank conflicts brings 20 / 36, and dv after dS with lse loaded
+# early 15 / 20. Not worth it: dq late as at 64 (595 / 573), dk in flight over a step's end (588 / 474), the scale in lse instead
+# of on dq (589 / 582; in fp16 it would cost digits). dq in the order of the fragments, which nobody else could add to, 604 / 612.
+# 64, 1 x 32k x 16 heads: 563 / 533; not late 526 / 497; 64 rows and not late 436 / 444. 256, 1 x 32k x 8 heads, causal: 442; with P
+# and dS halved by rows instead of made by a warpgroup each 277.
 SCHEDULES = {
     64: Schedule(rows=128, keys=128, stages=2, do_stages=2, late_dq=True),
     128: Schedule(rows=64, keys=128, stages=2, do_stages=2, late_dq=False),
