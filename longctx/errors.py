@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -71,3 +72,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def problems_of(error: LongCtxError) -> list[Problem]:
+    """The problems in a message that `format_problems` made; else the first line, with the others as its hint."""
+    found: list[tuple[str, list[str]]] = []
+    first, *rest = str(error).splitlines()
+    for line in rest:
+        numbered = re.fullmatch(r"  \d+\. (.*)", line)
+        if numbered:
+            found.append((numbered[1], []))
+        elif found:
+            found[-1][1].append(line.strip())
+    if not found:
+        found = [(first, [line.strip() for line in rest])]
+    return [Problem(what, "\n".join(hints)) for what, hints in found]

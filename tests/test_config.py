@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.config import Config, key_names, load_config
+from longctx.config import Config, load_config
+from longctx.config_loader import key_names
 from longctx.errors import ConfigError
 from longctx.rope import RopeScaling
 from longctx.settings import checked, field_types, from_text, parse_size

@@ -11,7 +11,7 @@ import torch
 from run_cases import Forked, free_port
 
 from longctx import launch, process
-from longctx.config import key_names
+from longctx.config_loader import key_names
 from longctx.errors import ConfigError, DistributedError
 from longctx.launch import Launch, Place, StartError, choose_device, run
 from longctx.process import SignalPipe, set_cpu_threads

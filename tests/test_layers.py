@@ -86,7 +86,10 @@ LAYERS = (
     ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
     ("L6 Hugging Face", ("hf_masks", "hf_attention", "huggingface", "hf_trainer")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
-    ("L6 a run", ("train_config", "progress", "recorder", "preparation", "trainer", "config", "evaluation")),
+    (
+        "L6 a run",
+        ("train_config", "progress", "recorder", "preparation", "trainer", "config_loader", "config", "evaluation"),
+    ),
     (
         "L6 benchmark",
         (

@@ -14,7 +14,8 @@ import pytest
 import longctx
 from longctx import bench, bench_ring, check, draw, evaluation, info, numerics, planner, results
 from longctx.__main__ import COMMANDS, TrainArguments
-from longctx.config import Config, key_names, load_config
+from longctx.config import Config, load_config
+from longctx.config_loader import key_names
 from longctx.weights import export_parser, import_parser, parse_bytes
 
 ROOT = Path(longctx.__file__).parent.parent
