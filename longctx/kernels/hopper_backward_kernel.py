@@ -196,7 +196,9 @@ def backward_kernel(
     ds_bufs = gl.allocate_shared_memory(dtype, [2, V.keys, V.rows], DS_L)
     dq_bufs = gl.allocate_shared_memory(gl.float32, [2, 64, 64], DQ_PIECE)
     kv_full, q_full, q_empty, do_full, do_empty, dq_full, dq_empty = make_barriers(V)
-    barriers = (kv_full, q_full, q_empty, do_full, do_empty, dq_full, dq_empty, barrier_ring(4, 1))
+    # Two of each warpgroup, by turns: it has ended a step. Only where dq is late.
+    ds_ready = barrier_ring(4, 1)
+    barriers = (kv_full, q_full, q_empty, do_full, do_empty, dq_full, dq_empty, ds_ready)
     fence_async_shared()
 
     buffers = (q_bufs, do_bufs, k_buf, v_buf, lse_bufs, delta_bufs, ds_bufs, dq_bufs)
