@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from block_cases import VISIBLE, Case, make_inputs
 from longctx.errors import KernelError
 from longctx.kernels import row_delta
 from longctx.kernels.hopper_backward import launch_hopper_backward, launch_with_rows, shipped_configurations
+from longctx.kernels.hopper_backward_parts import EXCHANGED_PIECE
 from longctx.kernels.triton_attention import TritonAttention
 from longctx.masks import KeyRange
 
@@ -101,6 +103,37 @@ def test_shipped_variants_compile(name, compiled):
 def test_products_overlap(dim, compiled):
     """The waits of a loop leave products in flight where the schedule says so, in both warpgroups."""
     assert sorted(compiled[f"backward-d{dim}-full"]["waits"]) == sorted(WAITS[dim])
+
+
+def dq_offsets() -> dict[tuple[int, int], int]:
+    """(row, exchanged column) of a piece of dq -> element of shared memory, as EXCHANGED_PIECE says."""
+    found = {}
+    for offset in range(64 * 64):
+        row = column = 0
+        for bit, (rows, columns) in enumerate(EXCHANGED_PIECE.value.offset_bases):
+            if offset >> bit & 1:
+                row, column = row ^ rows, column ^ columns
+        found[row, column] = offset
+    return found
+
+
+class TestTheWayOfDq:
+    """A piece of dq is a tile as TMA reads it, and no two threads that store at once meet in one bank."""
+
+    def test_it_is_the_tile_that_tma_reads(self):
+        """Boxes of 32 columns; of a row's 16-byte chunks the k-th lies at k ^ (row % 8)."""
+        assert len(dq_offsets()) == 64 * 64
+        for (row, exchanged), offset in dq_offsets().items():
+            column = exchanged ^ (16 * (row & 1))
+            chunk = column % 32 // 4 ^ row % 8
+            assert offset == column // 32 * 2048 + row * 32 + chunk * 4 + column % 4
+
+    def test_half_a_warp_stores_into_all_banks(self):
+        """8 bytes a thread: lane 4 g + c holds columns 8 j + 2 c and the next of row g of a warp's 16."""
+        offsets = dq_offsets()
+        for row, j in itertools.product(range(0, 64, 4), range(8)):
+            stored = [offsets[row + g, 8 * j + 2 * c + i] % 32 for g in range(4) for c in range(4) for i in range(2)]
+            assert len(set(stored)) == 32
 
 
 class TestRefusals:
