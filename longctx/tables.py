@@ -37,6 +37,19 @@ def provenance(rows: Sequence[Measurement]) -> str:
     return f"{row.gpu}, torch {row.torch}, triton {row.triton}, commit {row.commit}, {row.date[:10]}"
 
 
+_OLDER = "`†` measured with an earlier commit, in another run."
+
+
+def newest_commit(rows: Iterable[Measurement]) -> str:
+    """Of our own measurements."""
+    return max(((row.date, row.commit) for row in rows if not row.source), default=("", ""))[1]
+
+
+def mark(row: Measurement, commit: str) -> str:
+    """`*` for a figure of anchors.csv, `†` for one of another commit than `commit`."""
+    return "*" if row.source else "" if row.commit == commit else "†"
+
+
 # system -> column, in order; "*" marks the figures that stand in anchors.csv only.
 _ATTENTION_COLUMNS = {
     "matmul": "matmul bound",
@@ -61,10 +74,10 @@ def attention_table(rows: Sequence[Measurement]) -> str:
         here = latest([r for r in rows if r.gpu == gpu and not r.source])
         anchors = latest([r for r in rows if r.gpu == gpu and r.source])
         cells: dict[tuple[str, str], dict[str, str]] = {}
-        commit = max(here, key=lambda row: row.date).commit if here else ""
+        commit = newest_commit(here)
         for row in (*anchors, *here):
-            mark = "*" if row.source else "" if row.commit == commit else "†"
-            cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = f"{row.value:.0f}{mark}"
+            value = f"{row.value:.0f}{mark(row, commit)}"
+            cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = value
         known = {**_ATTENTION_COLUMNS, **{s: s for _, s in cells if s not in _ATTENTION_COLUMNS}}
         systems = [s for s in known if any(system == s for _, system in cells) or s in ("triton", "cudnn")]
         body = []
@@ -83,7 +96,7 @@ def attention_table(rows: Sequence[Measurement]) -> str:
         )
     footnote = "`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`); all other figures of a row come from one run."
     if "†" in "".join(tables):
-        footnote += " `†` measured with an earlier commit, in another run."
+        footnote += f" {_OLDER}"
     return "\n\n".join([*tables, footnote])
 
 
@@ -99,7 +112,7 @@ def training_table(rows: Sequence[Measurement]) -> str:
     rows = latest([row for row in rows if row.name.startswith("train/")])
     if not rows:
         return "Not measured yet."
-    commit = max((row for row in rows if not row.source), key=lambda row: row.date, default=rows[0]).commit
+    commit = newest_commit(rows)
     body = []
     for config, gpus, gpu in dict.fromkeys((r.config, r.gpus, r.gpu) for r in rows):
         of_config = [r for r in rows if (r.config, r.gpus, r.gpu) == (config, gpus, gpu)]
@@ -108,15 +121,14 @@ def training_table(rows: Sequence[Measurement]) -> str:
             line = [
                 config,
                 f"{gpus} x {gpu}" if gpus else gpu,
-                name.split("/", 1)[1]
-                + "".join({"*" if r.source else "" if r.commit == commit else "†" for r in got.values()}),
+                name.split("/", 1)[1] + mark(max(got.values(), key=lambda row: row.date), commit),
             ]
             body.append([*line, *(with_unit(got[m]) if m in got else "-" for m in _TRAINING_METRICS)])
     table = markdown(["model, sequence", "GPUs", "system", *_TRAINING_METRICS.values()], body)
     note = provenance(rows)
     said = "`*` from `benchmarks/results/anchors.csv`." + (f" Ours: {note}." if note else "")
     if "†" in table:
-        said += " `†` with an earlier commit, whose kernels were slower."
+        said += f" {_OLDER}"
     return f"{table}\n\n{said}"
 
 
@@ -157,11 +169,11 @@ def context_parallel_table(rows: Sequence[Measurement]) -> str:
     rows = latest([row for row in rows if row.name.startswith("ring/")])
     if not rows:
         return "Not measured yet."
-    commit = max(rows, key=lambda row: row.date).commit
+    commit = newest_commit(rows)
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
-        mark = "" if row.commit == commit else "†"
-        cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = f"{row.value:.0f}{mark}"
+        value = f"{row.value:.0f}{mark(row, commit)}"
+        cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = value
 
     def table(columns: dict[str, str], configs: Sequence[str]) -> str:
         systems = [system for system in columns if any((config, system) in cells for config in configs)]
@@ -178,7 +190,7 @@ def context_parallel_table(rows: Sequence[Measurement]) -> str:
     if held:
         tables.append("The direct exchange by what it leaves to attention:\n\n" + table(_NCCL_COLUMNS, held))
     if "†" in "".join(tables):
-        tables.append("`†` measured with an earlier commit, in another run.")
+        tables.append(_OLDER)
     return "\n\n".join([f"{provenance(rows)}; TFLOP/s per GPU forward / forward+backward, bf16", *tables])
 
 

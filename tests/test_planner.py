@@ -22,16 +22,18 @@ from longctx.planner import GIB, GPUS, USABLE, candidates, longest, parser, run
 from longctx.results import RESULTS, read
 from longctx.settings import parse_size
 from longctx.step_time import step_time
-from longctx.tables import latest
+from longctx.tables import latest, newest_commit
 
 ONE_B = "configs/llama_1b_64k.toml"
 EIGHT_B = "configs/llama3_8b_128k_ring8.toml"
 
 
-def runs() -> dict[str, dict[str, float]]:
-    """The measured trainings of the 1B model: "64k tokens on 2, pp 2, 4 micro-batches" -> metric -> value."""
+def runs(commits: set[str] | None = None) -> dict[str, dict[str, float]]:
+    """The measured trainings of the 1B model, of these commits or all: "64k tokens on 2, pp 2, 4 micro-batches" -> metric -> value."""
     found: dict[str, dict[str, float]] = {}
     for row in latest(read(RESULTS / "training.csv")):
+        if commits is not None and row.commit not in commits:
+            continue
         if row.name.startswith("train/longctx") and row.config.startswith("1.24B"):
             what = row.name.removeprefix("train/longctx").removeprefix(", ")
             key = f"{row.config.split(', ')[1]} on {row.gpus}, {what or 'ring'}"
@@ -39,9 +41,14 @@ def runs() -> dict[str, dict[str, float]]:
     return found
 
 
+def newest() -> list[str]:
+    """Those of the newest commit: kernels have become faster since the others."""
+    rows = [row for row in read(RESULTS / "training.csv") if row.name.startswith("train/longctx")]
+    return list(runs({newest_commit(rows)}))
+
+
 RUNS = runs()
-# Runs with the attention kernels of today; the others' were slower.
-OF_TODAY = [key for key in RUNS if key.endswith("4 micro-batches")]
+OF_TODAY = newest()
 
 
 def config_of(key: str):

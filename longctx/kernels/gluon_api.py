@@ -112,15 +112,6 @@ def named_barrier_sync(NUMBER: gl.constexpr, THREADS: gl.constexpr, NUM_WARPS: g
 
 
 @gluon.jit
-def named_barrier_arrive(NUMBER: gl.constexpr, THREADS: gl.constexpr, NUM_WARPS: gl.constexpr = 4):
-    """Come to barrier NUMBER without waiting."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
-    threads = gl.arange(0, 32 * NUM_WARPS, layout=layout)
-    asm: gl.constexpr = _barrier_asm("arrive", NUMBER, THREADS)
-    gl.inline_asm_elementwise(asm, "=r,r", [threads], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def barrier_ring(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """COUNT barriers that each complete a phase after ARRIVALS arrivals. To be followed by `fence_async_shared`."""
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())

@@ -84,8 +84,8 @@ class Variant(Schedule):
 
 # By padded head dim: the fastest of 12 to 30 variants each on one H100 (triton 3.6.0, bf16, 2026-11-23; TFLOP/s of the kernel).
 # 128, 4 x 8k x 16 heads full / causal: 591 / 577, of which dq without bank conflicts brings 20 / 36, and dv after dS with lse loaded
-# early 15 / 20. Not worth it: dq late as at 64 (595 / 573), dk in flight over a step's end (588 / 474), the scale in lse instead
-# of on dq (589 / 582; in fp16 it would cost digits). dq in the order of the fragments, which nobody else could add to, 604 / 612.
+# early some 20 / 20. The scale in lse instead of on dq: 589 / 582, but in fp16 it would cost digits. dq in the order of the
+# fragments, which nobody else could add to: 604 / 612; with it dq late as at 64 595 / 573, dk in flight over a step's end 588 / 474.
 # 64, 1 x 32k x 16 heads: 563 / 533; not late 526 / 497; 64 rows and not late 436 / 444. 256, 1 x 32k x 8 heads, causal: 442; with P
 # and dS halved by rows instead of made by a warpgroup each 277.
 SCHEDULES = {
@@ -96,7 +96,7 @@ SCHEDULES = {
 
 
 # Spilled loads and stores in one pass of a loop of 400 to 900 instructions, by padded head dim: without a mask, with one.
-# Triton 3.6; they lie on the mask's branch.
+# Triton 3.6. What spills nothing at 64, blocks of 64 rows, is slower (above).
 KNOWN_SPILLS = {64: (0, 40), 128: (0, 0), 256: (0, 10)}
 
 
