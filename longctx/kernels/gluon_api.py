@@ -10,6 +10,8 @@ Source: NVIDIA, PTX ISA 8.6, `cp.reduce.async.bulk.tensor` and `barrier{.cta}`.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 from triton._C.libtriton import ir
@@ -65,7 +67,13 @@ def describe_heads(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor
 
 def shared_layout(tile: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """The swizzled layout in shared memory that TMA writes and the matrix units read."""
-    return gl.NVMMASharedLayout.get_default_for(tile, _DTYPES[dtype])
+    return _default_layout(tuple(tile), dtype)
+
+
+# Gluon takes 20 us to say it, more than TMA to load a tile, and is asked for every descriptor of every launch.
+@cache
+def _default_layout(tile: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(tile), _DTYPES[dtype])
 
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}

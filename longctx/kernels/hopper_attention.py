@@ -21,16 +21,10 @@ _PADDED = (64, 128, 256)
 # What a kind of block runs as: bands differ in nothing but two numbers, a rectangle is a full block on views.
 _RUNS_AS = {"full": "full", "rectangle": "full", "causal": "band", "band": "band", "rows": "rows"}
 # (direction, dtype, padded head dim, what it runs as) of every kernel that was held against exact attention on a GPU (H100 and
-# H200, Triton 3.6.0): the backward in its present form, its rows on two GPUs against one; of the forward all but the prefetch
-# of carried rows. A wrong barrier hangs instead of failing, so nothing else is launched for a user; the tests on GPUs launch
-# the rest.
+# H200, Triton 3.6.0). A wrong barrier hangs instead of failing, so nothing else is launched for a user: a kernel that is changed
+# leaves this set until the tests on GPUs, which launch it all the same, have passed.
 VALIDATED: frozenset[tuple[str, torch.dtype, int, str]] = frozenset(
-    [
-        *itertools.product(("forward",), (torch.bfloat16, torch.float16), _PADDED, ("full", "band", "rows")),
-        *itertools.product(("backward",), (torch.bfloat16,), (64,), ("full", "band")),
-        *itertools.product(("backward",), (torch.bfloat16,), (128,), ("full", "band", "rows")),
-        ("backward", torch.bfloat16, 256, "band"),
-    ]
+    itertools.product(("forward", "backward"), (torch.bfloat16, torch.float16), _PADDED, ("full", "band", "rows"))
 )
 
 

@@ -4,11 +4,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-import triton
 from triton.experimental.gluon import language as gl
 
 from longctx.errors import KernelError
@@ -16,7 +15,7 @@ from longctx.kernels.gluon_api import describe, describe_heads
 from longctx.kernels.hopper_backward_kernel import backward_kernel
 from longctx.kernels.hopper_backward_wide import backward_wide_kernel
 from longctx.kernels.shipped import Shipped
-from longctx.kernels.tiles import LOG2_E, can_describe, key_interval_args, padded, stride_args
+from longctx.kernels.tiles import LOG2_E, can_describe, key_interval_args, num_tiles, padded, stride_args
 from longctx.kernels.triton_backward import launch_dq, prepare_rows
 from longctx.kernels.tuning import tiles_for
 from longctx.masks import KeyRange
@@ -201,7 +200,7 @@ def launch_with_rows(
     mask = key_interval_args(key_range, sq, sk, q.device)
     schedule = SCHEDULES[d_pad]
     variant = Variant(
-        **asdict(schedule),
+        **vars(schedule),
         padded=d_pad,
         head_dim=d,
         kind=mask["KIND"],
@@ -213,7 +212,7 @@ def launch_with_rows(
         softcap=float(softcap),
     )
     kernel = backward_wide_kernel if d_pad == 256 else backward_kernel
-    kernel[(triton.cdiv(sk, schedule.keys) * hk * b,)](
+    kernel[(num_tiles(sk, schedule.keys) * hk * b,)](
         describe_heads(q, schedule.rows, d_pad),
         describe_heads(dout, schedule.rows, d_pad),
         describe_heads(k, schedule.keys, d_pad),

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-import triton
 from triton.experimental.gluon import language as gl
 
 from longctx.kernels import SoftmaxState
 from longctx.kernels.gluon_api import describe_heads
 from longctx.kernels.hopper_forward_kernel import forward_kernel
 from longctx.kernels.shipped import Shipped
-from longctx.kernels.tiles import LOG2_E, row_interval_args, stride_args
+from longctx.kernels.tiles import LOG2_E, num_tiles, row_interval_args, stride_args
 from longctx.masks import KeyRange
 
 # Rows of one consumer warpgroup: what one matrix instruction takes.
@@ -144,7 +143,7 @@ def launch_hopper_forward(
         final=final,
         capped=softcap > 0,
     )
-    num_m = triton.cdiv(sq, schedule.groups * GROUP_ROWS)
+    num_m = num_tiles(sq, schedule.groups * GROUP_ROWS)
     num_work = num_m * h * b
     q_desc = describe_heads(q, GROUP_ROWS, padded)
     forward_kernel[(min(num_work, _num_programs(q.device)),)](

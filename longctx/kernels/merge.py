@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from longctx.kernels import SoftmaxState
-from longctx.kernels.tiles import INTERPRETING, padded, stride_args
+from longctx.kernels.tiles import INTERPRETING, num_tiles, padded, stride_args
 
 # Rows per program: 32 rows of 128 fp32 are 16 KB in flight, enough to fill the memory pipe with 4 warps.
 _ROWS = 32
@@ -39,7 +39,7 @@ def merge_block(state: SoftmaxState, out: torch.Tensor, lse: torch.Tensor) -> No
         state.lse.copy_(new)
         return
     with _device(out):
-        _merge_kernel[(triton.cdiv(s, _ROWS), h, b)](
+        _merge_kernel[(num_tiles(s, _ROWS), h, b)](
             state.out, state.lse, out, lse, s,
             **stride_args(o=state.out, x=out),
             stride_lb=state.lse.stride(0), stride_lh=state.lse.stride(1), stride_ls=state.lse.stride(2),
@@ -56,7 +56,7 @@ def fused_row_delta(out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
         return delta.zero_()
     out, dout = (t if t.stride(-1) == 1 or d == 1 else t.contiguous() for t in (out, dout))
     with _device(out):
-        _row_delta_kernel[(triton.cdiv(s, _ROWS), h, b)](
+        _row_delta_kernel[(num_tiles(s, _ROWS), h, b)](
             out, dout, delta, s, h, **stride_args(o=out, g=dout), D=d, D_PAD=padded(d), ROWS=_ROWS
         )
     return delta

@@ -159,6 +159,8 @@ class PiecewiseAttention(ABC):
 
 def _begin_fresh(acc: torch.Tensor, keys: slice) -> torch.Tensor:
     """The part of a fresh accumulator ("b sk hk d") that a block of `keys` writes; the keys around it are set to 0."""
+    if keys == slice(0, acc.shape[1]):
+        return acc
     acc[:, : keys.start].zero_()
     acc[:, keys.stop :].zero_()
     return acc[:, keys]

@@ -22,6 +22,7 @@ from longctx.kernels.tiles import (
     cut_tiles,
     key_interval_args,
     load_tile,
+    num_tiles,
     padded,
     row_interval_args,
     row_intervals,
@@ -287,10 +288,10 @@ def prepare_rows(lse: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, 
     """
     lse, delta = lse.contiguous(), delta.contiguous()
     b, h, s = lse.shape
-    s_pad = triton.cdiv(s, _ROW_PADDING) * _ROW_PADDING
+    s_pad = num_tiles(s, _ROW_PADDING) * _ROW_PADDING
     lse2 = torch.empty(b, h, s_pad, dtype=torch.float32, device=lse.device)
     delta2 = torch.empty_like(lse2)
-    _prepare_rows_kernel[(triton.cdiv(s_pad, 1024), b * h)](lse, delta, lse2, delta2, s, s_pad, BLOCK=1024)
+    _prepare_rows_kernel[(num_tiles(s_pad, 1024), b * h)](lse, delta, lse2, delta2, s, s_pad, BLOCK=1024)
     return lse2, delta2
 
 
@@ -313,7 +314,7 @@ def launch_dq(
     b, sq, h, d = q.shape
     sk, hk = k.shape[1:3]
     d_pad = padded(d)
-    _backward_dq_kernel[(triton.cdiv(sq, tile.block_m) * h * b,)](
+    _backward_dq_kernel[(num_tiles(sq, tile.block_m) * h * b,)](
         as_operand(q, tile.block_m, d_pad, use_descriptor),
         as_operand(k, tile.block_n, d_pad, use_descriptor),
         as_operand(v, tile.block_n, d_pad, use_descriptor),
@@ -363,7 +364,7 @@ def launch_dkdv(
     b, sq, h, d = q.shape
     sk, hk = k.shape[1:3]
     d_pad = padded(d)
-    _backward_dkdv_kernel[(triton.cdiv(sk, tile.block_n) * hk * b,)](
+    _backward_dkdv_kernel[(num_tiles(sk, tile.block_n) * hk * b,)](
         as_operand(q, tile.block_m, d_pad, use_descriptor),
         as_operand(k, tile.block_n, d_pad, use_descriptor),
         as_operand(v, tile.block_n, d_pad, use_descriptor),

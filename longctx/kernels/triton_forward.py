@@ -19,6 +19,7 @@ from longctx.kernels.tiles import (
     as_operand,
     cut_tiles,
     load_tile,
+    num_tiles,
     padded,
     row_interval_args,
     row_intervals,
@@ -179,7 +180,7 @@ def launch_forward(
     lse = state.lse if state is not None else torch.empty(b, h, sq, dtype=torch.float32, device=q.device)
     old = state.out if state is not None else out
     d_pad = padded(d)
-    _forward_kernel[(triton.cdiv(sq, tile.block_m) * h * b,)](
+    _forward_kernel[(num_tiles(sq, tile.block_m) * h * b,)](
         as_operand(q, tile.block_m, d_pad, use_descriptor),
         as_operand(k, tile.block_n, d_pad, use_descriptor),
         as_operand(v, tile.block_n, d_pad, use_descriptor),
