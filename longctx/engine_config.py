@@ -25,6 +25,8 @@ class EngineConfig:
         micro_batch_size: sequences of one forward pass.
         accumulation_steps: forward and backward passes of one optimizer step.
         activation_checkpointing: recompute activations in backward; attention's result is kept.
+        activation_offload: with activation_checkpointing, what layers keep for backward lies in the host's memory, but for
+            two of them (`longctx.offload`).
         kernel: attention kernel; "auto" takes the fastest that can do the work.
         fused: fused norms, RoPE, SwiGLU and loss: "auto" where they are installed and there is a GPU, "on", "off".
         zero3_keep_elements: with ZeRO-3, parameters of fewer elements stay whole on every process.
@@ -37,6 +39,7 @@ class EngineConfig:
     micro_batch_size: int = 1
     accumulation_steps: int = 1
     activation_checkpointing: bool = False
+    activation_offload: bool = False
     kernel: str = "auto"
     fused: Literal["auto", "on", "off"] = "auto"
     zero3_keep_elements: int = 100_000
@@ -79,6 +82,14 @@ class EngineConfig:
                 Problem(
                     f"engine.dtype bf16{chosen} with engine.zero_stage 0: DeepSpeed takes a phantom optimizer step there",
                     "engine.zero_stage 1 does the same arithmetic rightly, also on one process; or engine.dtype fp32",
+                )
+            )
+        if self.activation_offload and not self.activation_checkpointing:
+            found.append(
+                Problem(
+                    "engine.activation_offload without engine.activation_checkpointing: what is moved to the host is what "
+                    "checkpointing keeps",
+                    "engine.activation_checkpointing true, or engine.activation_offload false",
                 )
             )
         least_stage = {"optimizer": 1, "all": 3}.get(self.offload, 0)

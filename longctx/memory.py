@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from longctx.deepspeed_setup import BUCKET_ELEMENTS
 from longctx.engine_config import EngineConfig
 from longctx.model_config import ModelConfig
+from longctx.offload import LAYERS_HELD
 from longctx.padding import padded_length
 from longctx.parallel.loss import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from longctx.parallel.plan import ParallelPlan
@@ -30,7 +31,8 @@ class RankMemory:
         weights: in the dtype of training; with ZeRO-3 the parts, and the layers that are gathered at a time.
         gradients: their sums in fp32.
         optimizer: fp32 weights and Adam's two moments.
-        activations: kept for backward, of all layers and of all micro-batches in flight.
+        activations: kept for backward, of all layers and of all micro-batches in flight; with `engine.activation_offload`
+            of two layers, and what goes into a pipeline's stage and comes out of it.
         working: temporaries of the layer, or of the loss, whose backward pass needs most.
         buffers: of messages.
         host: beside all these, in the host's memory.
@@ -134,21 +136,25 @@ def rank_memory(
         seq_len: global length of a sequence.
         device_type: decides what the dtype "auto" is.
     """
-    local_len = padded_length(seq_len, plan.seq_multiple) // plan.sp
-    itemsize = 4 if engine.resolved_dtype(device_type) == "fp32" else 2
-    rank = _Rank(model, engine, plan, engine.micro_batch_size * local_len, itemsize, device_type)
+    rank = _rank(model, engine, plan, seq_len, device_type)
+    itemsize = rank.itemsize
     stages = model.stages(plan.num_stages, seq_len)
     parameters = model.stage_params(stages)
     found = []
     for pp_rank in range(plan.pp):
         held = plan.stages_of(pp_rank)
-        kept = 0
+        kept = of_stages = 0
         for stage in held:
             in_flight = min(engine.accumulation_steps, plan.num_stages - stage)
             kept += in_flight * len(stages[stage]) * rank.kept_by_layer() * rank.tokens
+            # What DeepSpeed's pipeline holds itself.
+            of_stages += in_flight * 2 * itemsize * rank.residual * rank.tokens * (plan.pp > 1)
         params = sum(parameters[stage] for stage in held) // plan.tp
         largest = max(parameters[stage] // max(1, len(stages[stage])) for stage in held) // plan.tp
         state = _model_state(engine, plan, params, largest, itemsize, model)
+        if engine.activation_offload:
+            state["host"] += kept
+            kept = min(kept, LAYERS_HELD * rank.kept_by_layer() * rank.tokens + of_stages)
         with_loss = plan.num_stages - 1 in held
         found.append(
             RankMemory(
@@ -159,6 +165,18 @@ def rank_memory(
             )
         )
     return max(found, key=lambda memory: memory.total)
+
+
+def layer_activations(model: ModelConfig, engine: EngineConfig, plan: ParallelPlan, seq_len: int) -> int:
+    """Bytes that one layer keeps of one micro-batch for its backward pass, on a GPU. Arguments as `rank_memory`."""
+    rank = _rank(model, engine, plan, seq_len, "cuda")
+    return rank.kept_by_layer() * rank.tokens
+
+
+def _rank(model: ModelConfig, engine: EngineConfig, plan: ParallelPlan, seq_len: int, device_type: str) -> _Rank:
+    local_len = padded_length(seq_len, plan.seq_multiple) // plan.sp
+    itemsize = 4 if engine.resolved_dtype(device_type) == "fp32" else 2
+    return _Rank(model, engine, plan, engine.micro_batch_size * local_len, itemsize, device_type)
 
 
 def _model_state(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
@@ -18,6 +19,7 @@ from longctx.kernels.fused import Fused, check_fused, rms_norm, silu_mul
 from longctx.layout import SequenceMeta
 from longctx.masks import SlidingWindow
 from longctx.model_config import ModelConfig
+from longctx.offload import ActivationOffload, KeptLayer
 from longctx.parallel.loss import LMHead, check_token_ids
 from longctx.parallel.strategy import KEPT_OPERATORS
 from longctx.parallel.tensor import ALONE, MAY_KEEP_OPS, TensorParallel, VocabularyEmbedding
@@ -70,6 +72,8 @@ class Transformer(nn.Module):
         kernel: name of the attention kernel, or "auto".
         activation_checkpointing: keep, of each layer, its input and what attention gave; recompute the rest in backward.
             Attention and its communication run once.
+        activation_offload: with activation checkpointing, what layers keep is in the host's memory but for two of them
+            (`longctx.offload`).
         fused: liger-kernel's operations: "auto" where they can be had, "on", "off".
         seed: of the initial weights.
         settle: called with the name and the module of each part (embedding, each layer, last norm, output projection) in this
@@ -77,7 +81,8 @@ class Transformer(nn.Module):
             be in one memory.
 
     Raises:
-        ConfigError: all problems of `config` in one message; `fused="on"` without liger-kernel.
+        ConfigError: all problems of `config` in one message; `fused="on"` without liger-kernel; `activation_offload`
+            without `activation_checkpointing`.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Transformer(nn.Module):
         mesh: ParallelMesh | None = None,
         kernel: str = "auto",
         activation_checkpointing: bool = False,
+        activation_offload: bool = False,
         fused: Fused = "auto",
         seed: int = 0,
         settle: Settle | None = None,
@@ -97,6 +103,7 @@ class Transformer(nn.Module):
         check_fused(fused)
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.offload = make_offload(activation_checkpointing, activation_offload)
 
         def made(name: str, part: _Module) -> _Module:
             for of_part, parameter in part.named_parameters():
@@ -133,7 +140,21 @@ class Transformer(nn.Module):
         """
         check_shapes(tokens=(tokens, "b s"), positions=(meta.positions, "s"))
         check_token_ids(tokens, self.config.vocab_size, what="token")
-        return self.model(tokens, meta, self.activation_checkpointing and torch.is_grad_enabled())
+        return self.model(tokens, meta, self.activation_checkpointing and torch.is_grad_enabled(), self.offload)
+
+
+def make_offload(activation_checkpointing: bool, activation_offload: bool) -> ActivationOffload | None:
+    """Where the layers of a model keep what they keep; None: on the device.
+
+    Raises:
+        ConfigError: offload without checkpointing.
+    """
+    if activation_offload and not activation_checkpointing:
+        raise ConfigError(
+            "activation_offload moves what activation checkpointing keeps, which is off\n"
+            "       set activation_checkpointing=True too"
+        )
+    return ActivationOffload() if activation_offload else None
 
 
 class _Decoder(nn.Module):
@@ -152,18 +173,28 @@ class _Decoder(nn.Module):
         norm = RMSNorm(config.hidden_size, config.norm_eps, fused=fused, tensor=TensorParallel.of(mesh).of_norms)
         self.norm = made("model.norm", norm)
 
-    def forward(self, tokens: torch.Tensor, meta: SequenceMeta, recompute: bool) -> torch.Tensor:
-        return self.norm(run_layers(self.layers, self.embed_tokens(tokens), meta, self.config, recompute=recompute))
+    def forward(
+        self, tokens: torch.Tensor, meta: SequenceMeta, recompute: bool, offload: ActivationOffload | None
+    ) -> torch.Tensor:
+        x = self.embed_tokens(tokens)
+        return self.norm(run_layers(self.layers, x, meta, self.config, recompute=recompute, offload=offload))
 
 
 def run_layers(
-    layers: Iterable[nn.Module], x: torch.Tensor, meta: SequenceMeta, config: ModelConfig, *, recompute: bool
+    layers: Iterable[nn.Module],
+    x: torch.Tensor,
+    meta: SequenceMeta,
+    config: ModelConfig,
+    *,
+    recompute: bool,
+    offload: ActivationOffload | None,
 ) -> torch.Tensor:
     """Decoder layers, one after the other.
 
     Args:
         x: "b s e"; with `ParallelPlan.shard_norms` this rank's part of the tokens.
         recompute: keep of each layer its input and what attention gave.
+        offload: with `recompute`, where that is kept; None: on the device.
     """
     # Made anew each time: a buffer would be cast to bf16 along with the weights, and 10^6 positions need float64.
     inv_freq, factor = rope_frequencies(config.head_size, config.rope_theta, config.rope_scaling, device=x.device)
@@ -171,8 +202,11 @@ def run_layers(
     cos, sin = rope_cos_sin(meta.positions, inv_freq, attention_factor=factor, dtype=dtype)
     if config.sliding_window is not None:
         meta = replace(meta, mask=meta.mask & SlidingWindow(config.sliding_window))
+    kept: KeptLayer | None = None
     for layer in layers:
-        x = _recomputed(layer, x, cos, sin, meta) if recompute else layer(x, cos, sin, meta)
+        if recompute and offload is not None:
+            kept = offload.layer(kept, x.device)
+        x = _recomputed(kept, layer, x, cos, sin, meta) if recompute else layer(x, cos, sin, meta)
     return x
 
 
@@ -266,19 +300,21 @@ def _uninitialised(cls: type[_Module], *args: object, **kwargs: object) -> _Modu
     return cast(_Module, nn.utils.skip_init(cls, *args, device=torch.get_default_device(), **kwargs))
 
 
-def _recomputed(layer: nn.Module, x: torch.Tensor, *args: object) -> torch.Tensor:
-    """`layer(x, *args)`, keeping x and what attention gave; the rest is computed again in backward."""
+def _recomputed(kept: KeptLayer | None, layer: nn.Module, x: torch.Tensor, *args: object) -> torch.Tensor:
+    """`layer(x, *args)`, keeping x and what attention gave, in `kept` if given; the rest is computed again in backward."""
+    context_fn = keep_attention if kept is None else partial(kept.contexts, _is_kept)
     # torch's default of stopping the recomputation early is relied upon: it ends inside `down_proj`, at the last tensor that
     # backward needs. That saves the product, and under ZeRO-3 it is what keeps the hook after `down_proj` from giving back
     # the weight that backward has just gathered.
-    return checkpoint(
-        layer,
-        x,
-        *args,
-        use_reentrant=False,
-        context_fn=keep_attention,
-        preserve_rng_state=False,  # a layer draws no random numbers
-    )
+    with nullcontext() if kept is None else kept.input(x):
+        return checkpoint(
+            layer,
+            x,
+            *args,
+            use_reentrant=False,
+            context_fn=context_fn,
+            preserve_rng_state=False,  # a layer draws no random numbers
+        )
 
 
 def keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -287,6 +323,9 @@ def keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 def _policy(ctx: object, op: Callable, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if _is_kept(op, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_kept(op: Callable, args: Sequence[object]) -> bool:
     # Recomputing attention would repeat its communication, on every rank and in the same order, or hang.
-    is_kept = op in _KEPT or (op in MAY_KEEP_OPS and args[-1])
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return op in _KEPT or (op in MAY_KEEP_OPS and bool(args[-1]))

@@ -38,7 +38,7 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from longctx.engine import TrainEngine
 from longctx.errors import ConfigError, format_problems
 from longctx.initial import init_parameter
-from longctx.model import DecoderLayer, ModelConfig, RMSNorm, run_layers
+from longctx.model import DecoderLayer, ModelConfig, RMSNorm, make_offload, run_layers
 from longctx.parallel.loss import LMHead, linear_cross_entropy
 from longctx.parallel.tensor import TensorParallel, VocabularyEmbedding
 
@@ -58,7 +58,7 @@ class _Stages(PipelineModule):
 
     Args:
         stages: the decoder layers of each stage.
-        activation_checkpointing, kernel, fused, seed: as in `Transformer`.
+        activation_checkpointing, activation_offload, kernel, fused, seed: as in `Transformer`.
 
     Raises:
         ConfigError: all problems of `config` in one message.
@@ -72,6 +72,7 @@ class _Stages(PipelineModule):
         *,
         kernel: str,
         activation_checkpointing: bool,
+        activation_offload: bool,
         fused: str,
         seed: int,
     ) -> None:
@@ -88,6 +89,7 @@ class _Stages(PipelineModule):
         log.debug("deepspeed.PipelineModule: %s", printed.getvalue())
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.offload = make_offload(activation_checkpointing, activation_offload)
         # Of a process that holds two stages, for each of them.
         self._coming: tuple[list[ShardedBatch], list[ShardedBatch]] = ([], [])
         self.local_sums: list[torch.Tensor] = []
@@ -126,7 +128,7 @@ class _Stages(PipelineModule):
         is_last = self._local_stop == self._num_layers
         norm, head = (layers.pop(-2), layers.pop(-1)) if is_last else (None, None)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        x = run_layers(layers, x, batch.meta, self.config, recompute=recompute)
+        x = run_layers(layers, x, batch.meta, self.config, recompute=recompute, offload=self.offload)
         if norm is None or head is None:
             return x
         local_sum = head(norm(x), batch.labels)

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from longctx.config import Config
 from longctx.layout import SequenceLayout
+from longctx.memory import layer_activations
 from longctx.parallel.cost import MEMORY_BYTES, NETWORK_BYTES, NODE_BYTES, Estimate
 from longctx.parallel.degrees import Work, attention_estimate
 from longctx.parallel.plan import STRATEGIES, ParallelPlan
@@ -24,13 +25,19 @@ LINEAR_FLOPS = 520e12
 HOPPER_PEAK = 989.5e12
 # Time of attention by head dim, that of 128 being 1 (benchmarks/results/attention.csv).
 HEAD_DIM_TIME = {64: 1.1, 128: 1.0, 256: 1.2}
+# Bytes a second between a GPU and pinned memory of the host, each way: of PCIe 5.0 with 16 lanes, 63e9 by the standard, what
+# large copies reach.
+HOST_BYTES = 50e9
+# Of attention's time on the pass forward: 2 products of 7.
+FORWARD_SHARE = 2 / 7
 # Bytes that the optimizer reads and writes for each parameter that it steps.
 OPTIMIZER_BYTES = 40
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step of the slowest rank, and where they go."""
+    """Seconds of one optimizer step of the slowest rank, and where they go; messages are what is waited for, from other ranks
+    or from the host's memory."""
 
     linear: float
     attention: float
@@ -92,6 +99,8 @@ def step_time(config: Config, plan: ParallelPlan, *, peak: float, node_size: int
         linear = flops / LINEAR_FLOPS * scale
         messages = layers * attention.exposed + _tensor_messages(config, plan, tokens, layers, of_machine)
         messages += _gathers(config, plan, sum(parameters[stage] for stage in held) // plan.tp, linear, node_size)
+        of_layers = passes * weights * tokens / LINEAR_FLOPS * scale
+        messages += _fetches(config, plan, layers, passes, of_layers / max(1, layers), attended)
         one = StepTime(linear, layers * attended, messages, 0, 0)
         slowest = max(slowest, one, key=lambda t: t.total)
     m = engine.accumulation_steps
@@ -133,6 +142,21 @@ def _tensor_messages(config: Config, plan: ParallelPlan, tokens: int, layers: in
     speed = NODE_BYTES if of_machine else NETWORK_BYTES
     each = 2 * 2 * tokens * config.model.hidden_size * (plan.tp - 1) / plan.tp / speed
     return layers * each * (6 if plan.shard_norms else 4)
+
+
+def _fetches(config: Config, plan: ParallelPlan, layers: int, passes: int, linear: float, attention: float) -> float:
+    """Seconds of one micro-batch in which compute waits for copies to the host and back, where activations are offloaded.
+
+    Args:
+        linear, attention: seconds of one layer; passes: into which those of products are counted, two of them forward.
+    """
+    if not config.engine.activation_offload:
+        return 0.0
+    moved = layer_activations(config.model, config.engine, plan, config.data.seq_len) / HOST_BYTES
+    forward = linear * 2 / passes + attention * FORWARD_SHARE
+    waits = layers * (max(0.0, moved - forward) + max(0.0, moved - (linear + attention - forward)))
+    # A pipeline goes back through a micro-batch whose last layers have left.
+    return waits + moved * (plan.pp > 1)
 
 
 def _gathers(config: Config, plan: ParallelPlan, params: int, linear: float, node_size: int) -> float:

@@ -78,17 +78,23 @@ def ring_worker(rank: int, config: ModelConfig, layouts: list[str], strategies: 
         plan = ParallelPlan(ring=world, layout=layout, strategy=strategy)
         mesh = ParallelMesh.create(plan, device="cpu")
         batch = make_batch(DOCUMENTS & Causal(), rank=rank, world=world, layout=layout)
-        traffic = []
-        for recompute in (False, True):
-            model = Transformer(config, mesh=mesh, activation_checkpointing=recompute).double()
+        traffic, own = [], {}
+        for recompute, offload in ((False, False), (True, False), (True, True)):
+            settings = {"activation_checkpointing": recompute, "activation_offload": offload}
+            model = Transformer(config, mesh=mesh, **settings).double()
             before = mesh.exchange.bytes_sent
             with CountOps(*KEPT_OPERATORS) as attention:
                 grads = gradients(model, batch)
             traffic.append((mesh.exchange.bytes_sent - before, attention.calls))
+            if offload:
+                assert all(torch.equal(grads[name], value) for name, value in own.items())
+                assert model.offload.pages.made >= 3 * config.num_layers
+                assert model.offload.host_bytes == 0
+            own = {name: value.clone() for name, value in grads.items()}
             for value in grads.values():
                 torch.distributed.all_reduce(value)
             results.append(grads)
-        assert traffic[0] == traffic[1], f"recomputation changed (bytes, calls) from {traffic[0]} to {traffic[1]}"
+        assert traffic == traffic[:1] * 3, f"recomputation or offload changed (bytes, calls): {traffic}"
         assert traffic[0][0] > 0
         assert traffic[0][1] == config.num_layers
     return results if rank == 0 else []
@@ -102,7 +108,7 @@ def zero3_worker(rank: int, configs: list[ModelConfig]) -> list[dict]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     results = []
     for config in configs:
-        model = Transformer(config, activation_checkpointing=True)
+        model = Transformer(config, activation_checkpointing=True, activation_offload=config.tie_embeddings)
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 2,

@@ -30,7 +30,11 @@ OPTIM = OptimConfig(lr=1e-2, warmup_steps=1, eps=1e-4, gradient_clipping=0.5)
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCase:
-    """One plan and how it is trained."""
+    """One plan and how it is trained.
+
+    Args:
+        host: what is kept for the recomputation lies in the host's memory.
+    """
 
     dp: int = 1
     pp: int = 1
@@ -41,6 +45,7 @@ class PlanCase:
     accumulation: int = 1
     tied: bool = False
     recompute: bool = False
+    host: bool = False
     rich: bool = False
     shard_norms: bool = False
     dual: bool = False
@@ -71,7 +76,7 @@ class PlanCase:
     def __str__(self) -> str:
         degrees = [f"{axis}{n}" for axis in ("dp", "pp", "ring", "ulysses", "tp") if (n := getattr(self, axis)) > 1]
         words = [f"zero{self.zero}", f"accumulate{self.accumulation}"]
-        words += [name for name in ("tied", "recompute", "rich", "shard_norms", "dual") if getattr(self, name)]
+        words += [name for name in ("tied", "recompute", "host", "rich", "shard_norms", "dual") if getattr(self, name)]
         words += [self.layout] * (self.layout != "zigzag") + [f"tokens{self.seq_len}"] * (self.seq_len != SEQ_LEN)
         words += [f"offload_{self.offload}"] * (self.offload != "none") + [self.dtype] * (self.dtype != "fp32")
         return "-".join((degrees or ["one"]) + words)
@@ -90,6 +95,7 @@ def errors(case: PlanCase) -> dict[str, float]:
         micro_batch_size=2,
         accumulation_steps=case.accumulation,
         activation_checkpointing=case.recompute,
+        activation_offload=case.host,
         zero3_keep_elements=0,
         kernel="reference",
     )
@@ -211,9 +217,11 @@ def draw_case(seed: int, max_world: int) -> RandomCase:
     model = replace(model, softcap=draw.choice([0.0, 0.0, 3.0]), sinks=draw.random() < 0.3)
     multiple = plan.seq_multiple
     seq_len = draw.choice([multiple * draw.randint(1, 6), multiple * draw.randint(1, 6), draw.randint(1, 64)])
-    return RandomCase(
-        plan=plan, model=model, engine=engine, seq_len=seq_len, mask_documents=draw.random() < 0.5, seed=seed
-    )
+    mask_documents = draw.random() < 0.5
+    # Without checkpointing it is refused.
+    offload = draw.random() < (0.5 if engine.activation_checkpointing else 0.05)
+    engine = replace(engine, activation_offload=offload)
+    return RandomCase(plan=plan, model=model, engine=engine, seq_len=seq_len, mask_documents=mask_documents, seed=seed)
 
 
 def train_random(rank: int, cases: list[RandomCase]) -> dict[int, dict[str, float] | str]:

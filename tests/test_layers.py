@@ -50,7 +50,7 @@ LAYERS = (
     ("L2", ("parallel.ring", "parallel.operator", "parallel.direct", "parallel.routes", "parallel.gather")),
     ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.chunks", "parallel.tensor", "parallel.loss")),
     ("L3", ("calls", "flash", "functional")),
-    ("L4", ("attention", "rope", "model_config", "initial", "model")),
+    ("L4", ("attention", "rope", "model_config", "initial", "offload", "model")),
     (
         "L5 text and numbers",
         (
@@ -130,6 +130,7 @@ FORBIDDEN = (
             "attention",
             "rope",
             "initial",
+            "offload",
             "model",
             "hf_masks",
             "hf_attention",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from train_cases import MODEL, full_step
 
+from longctx import step_time as step_time_module
 from longctx.__main__ import main
 from longctx.config import load_config
 from longctx.engine import EngineConfig
 from longctx.memory import rank_memory
 from longctx.model import Transformer
+from longctx.offload import LAYERS_HELD, ActivationOffload, KeptLayer
 from longctx.parallel.plan import ParallelPlan
 from longctx.planner import GIB, GPUS, USABLE, candidates, longest, parser, run
 from longctx.results import RESULTS, read
@@ -123,6 +126,31 @@ def test_what_is_kept_with_recomputation_is_what_is_counted():
     assert held[2] - held[1] == counted[1] - counted[0]
 
 
+def test_what_is_offloaded_is_what_is_counted():
+    """On the host what the layers keep, without what is left empty of pages; on the device that of two layers."""
+    config = replace(MODEL, num_layers=5)
+    model = Transformer(config, kernel="reference", activation_checkpointing=True, activation_offload=True)
+    ((batch,),) = full_step(0, dp=1, accumulation=1)
+    kept: list[KeptLayer] = []
+    made = ActivationOffload.layer
+
+    def making(self, *args):
+        kept.append(made(self, *args))
+        return kept[-1]
+
+    with mock.patch.object(ActivationOffload, "layer", making):
+        loss = model(batch)
+    tensors = [t for layer in kept for t in layer._tensors]
+    engine = EngineConfig(
+        activation_checkpointing=True, activation_offload=True, dtype="fp32", zero_stage=0, micro_batch_size=2
+    )
+    memory = rank_memory(config, engine, ParallelPlan(dp=1), 48)
+    assert memory.host == sum(t.like.nbytes for t in tensors)
+    assert memory.activations == sum(t.here.nbytes for t in tensors if t.here is not None)
+    assert memory.activations == LAYERS_HELD / 5 * memory.host
+    del loss
+
+
 def test_every_plan_can_be_run_and_is_what_its_flags_say():
     config = load_config(EIGHT_B, ["--data.seq_len=64k", "--data.tokenizer=bytes"])
     found = candidates(config, 8, peak=GPUS["h100"][1], node_size=8, tokens=1 << 19)
@@ -174,9 +202,35 @@ def test_more_gpus_more_memory_and_recomputation_do_what_they_should():
     assert total(ring, seq_len=1 << 18) > total(ring) > total(ParallelPlan(ring=16), 16)
     norms = ParallelPlan(tp=8, shard_norms=True)
     assert total(norms, zero_stage=1) < total(ParallelPlan(tp=8), zero_stage=1)
+    assert total(ring, activation_offload=True) < total(ring)
     # More micro-batches are in flight in the first of several stages.
     stages = ParallelPlan(pp=4, ring=2)
     assert total(stages, zero_stage=1, accumulation_steps=4) > total(stages, zero_stage=1, accumulation_steps=1)
+
+
+def test_copies_to_the_host_hide_behind_long_attention(monkeypatch):
+    """What is copied grows with the tokens, attention with their square. At the speed of today's buses products alone are
+    enough for this model."""
+
+    def waiting(length: str, **plan: int) -> float:
+        found = []
+        for offload in (False, True):
+            words = [
+                f"--engine.activation_offload={offload}".lower(),
+                f"--data.seq_len={length}",
+                "--engine.zero_stage=1",
+            ]
+            config = load_config(EIGHT_B, words)
+            ring = ParallelPlan(ring=8 // plan.get("pp", 1), **plan).resolve(8)
+            found.append(step_time(config, ring, peak=GPUS["h100"][1], node_size=8).messages)
+        return found[1] - found[0]
+
+    assert waiting("16k") == 0
+    monkeypatch.setattr(step_time_module, "HOST_BYTES", 5e9)
+    assert waiting("16k") > 0
+    assert waiting("1M") == 0
+    # But for the layer that a pipeline goes back through first.
+    assert waiting("1M", pp=2) > 0
 
 
 def test_the_longest_sequence_fits_and_the_next_does_not():
@@ -217,6 +271,7 @@ def test_on_two_machines_no_exchange_of_heads_crosses():
 def test_what_does_not_fit_or_is_not_known_is_said(capsys):
     text = answer("--config", EIGHT_B, "--world-size", "1", "--gpu", "a100-40")
     assert "nothing fits: even the plan above needs" in text
+    assert "--engine.activation_offload=true" in text
     assert main(["plan", "--config", EIGHT_B, "--world-size", "8", "--gpu", "h1000"]) == 2
     assert "did you mean" in capsys.readouterr().err
     assert main(["plan", "--world-size", "7", "--data.seq_len=4"]) == 0  # dp takes all seven

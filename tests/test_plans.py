@@ -20,11 +20,24 @@ AXES = ("dp", "pp", "ring", "ulysses", "tp")
 # A world's cases share its processes, for DeepSpeed keeps one set of groups in a process.
 SAMPLE = (
     PlanCase(ring=2, tp=2, zero=0),
-    PlanCase(ulysses=2, tp=2, zero=2, recompute=True),
-    PlanCase(dp=2, tp=2, zero=3, accumulation=4, tied=True, recompute=True, rich=True, shard_norms=True, seq_len=47),
-    PlanCase(pp=2, ulysses=2, zero=1, accumulation=4, tied=True, recompute=True, rich=True),
+    PlanCase(ulysses=2, tp=2, zero=2, recompute=True, host=True),
+    PlanCase(
+        dp=2,
+        tp=2,
+        zero=3,
+        accumulation=4,
+        tied=True,
+        recompute=True,
+        host=True,
+        rich=True,
+        shard_norms=True,
+        seq_len=47,
+    ),
+    PlanCase(pp=2, ulysses=2, zero=1, accumulation=4, tied=True, recompute=True, host=True, rich=True),
     PlanCase(pp=2, dp=2, zero=0, tied=True),
-    PlanCase(pp=2, ring=2, zero=1, accumulation=4, tied=True, recompute=True, dual=True, layers=5, layout="auto"),
+    PlanCase(
+        pp=2, ring=2, zero=1, accumulation=4, tied=True, recompute=True, host=True, dual=True, layers=5, layout="auto"
+    ),
     # Padded for the norms' sake, and each micro-batch cut otherwise.
     PlanCase(pp=2, ring=2, tp=2, accumulation=4, recompute=True, shard_norms=True, layout="balanced", seq_len=45),
     PlanCase(dp=2, zero=2, offload="optimizer"),
@@ -52,6 +65,8 @@ def whole_matrix() -> list[PlanCase]:
                 # Four micro-batches are enough for the four stages of two processes.
                 rest |= {"dual": degrees.get("pp", 1) == 2 and accumulation == 4 and tied == (zero == 1)}
                 rest |= {"recompute": tied == (accumulation == 1), "rich": not tied, "layers": 5}
+                # Of what is recomputed, and of each ZeRO stage, one half.
+                rest |= {"host": rest["recompute"] and tied == (zero % 2 == 0)}
                 cases.append(PlanCase(**degrees, zero=zero, tied=tied, accumulation=accumulation, **rest))
     return cases
 

@@ -128,8 +128,8 @@ CHUNKED = {
 
 
 def traffic_of_a_model(mesh: ParallelMesh) -> dict[str, object]:
-    """Bytes sent and gradients of a training step, without and with activation checkpointing, and with a broken twin of it
-    that keeps attention's result alone."""
+    """Bytes sent and gradients of a training step, without and with activation checkpointing, with what that keeps in the
+    host's memory, and with a broken twin of it that keeps attention's result alone."""
     meta = SequenceMeta.of(
         48,
         ring_rank=mesh.ring.rank,
@@ -142,19 +142,24 @@ def traffic_of_a_model(mesh: ParallelMesh) -> dict[str, object]:
     config = ModelConfig(vocab_size=48, hidden_size=24, num_layers=2, num_heads=12, num_kv_heads=1, head_dim=2)
     sent, gradients = [], []
     kept = model_module._KEPT
-    for recompute, keep in (
-        (False, kept),
-        (True, kept),
-        (True, tuple(op for op in kept if op is not ULYSSES_ATTENTION_OP)),
+    for recompute, offload, keep in (
+        (False, False, kept),
+        (True, False, kept),
+        (True, True, kept),
+        (True, False, tuple(op for op in kept if op is not ULYSSES_ATTENTION_OP)),
     ):
         model_module._KEPT = keep
-        model = Transformer(config, mesh=mesh, kernel="reference", activation_checkpointing=recompute).double()
+        settings = {"activation_checkpointing": recompute, "activation_offload": offload}
+        model = Transformer(config, mesh=mesh, kernel="reference", **settings).double()
         before = mesh.exchange.bytes_sent, mesh.head_exchange.bytes_sent
         model(batch).backward()
         sent.append((mesh.exchange.bytes_sent - before[0], mesh.head_exchange.bytes_sent - before[1]))
         gradients.append([p.grad for p in model.parameters()])
     model_module._KEPT = kept
-    return {"sent": sent, "equal": all(torch.equal(a, b) for a, b in zip(*gradients[:2], strict=True))}
+    return {
+        "sent": sent,
+        "equal": all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients[:3], strict=True)),
+    }
 
 
 def meta_of(mesh: ParallelMesh, seq_len: int = 48) -> SequenceMeta:
@@ -326,8 +331,8 @@ def test_broken_twins_are_caught(found):
 def test_activation_checkpointing_sends_nothing_twice(found):
     for f in found[1]:
         assert f["model"]["equal"]
-        plain, recomputed, twin = f["model"]["sent"]
-        assert plain == recomputed
+        plain, recomputed, offloaded, twin = f["model"]["sent"]
+        assert plain == recomputed == offloaded
         assert twin[1] > plain[1]
         assert plain[1] > 0
 
