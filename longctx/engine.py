@@ -365,6 +365,7 @@ def build_engine(
     made: dict[str, Any] = {"kernel": engine_config.kernel, "fused": engine_config.fused, "seed": seed}
     made["activation_checkpointing"] = engine_config.activation_checkpointing
     made["activation_offload"] = engine_config.activation_offload
+    made["mlp_chunk_tokens"] = engine_config.mlp_chunk_tokens
     if mesh.pp.size > 1:
         # DeepSpeed must know its device before anything of it is imported.
         check_one_world(import_deepspeed(mesh.device), mesh)

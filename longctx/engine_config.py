@@ -27,6 +27,8 @@ class EngineConfig:
         activation_checkpointing: recompute activations in backward; attention's result is kept.
         activation_offload: with activation_checkpointing, what layers keep for backward lies in the host's memory, but for
             two of them (`longctx.offload`).
+        mlp_chunk_tokens: most tokens of a process whose SwiGLU is computed at once, forward and backward; none: all of a
+            micro-batch. Without activation_checkpointing it recomputes two of the SwiGLU's three products.
         kernel: attention kernel; "auto" takes the fastest that can do the work.
         fused: fused norms, RoPE, SwiGLU and loss: "auto" where they are installed and there is a GPU, "on", "off".
         zero3_keep_elements: with ZeRO-3, parameters of fewer elements stay whole on every process.
@@ -40,6 +42,7 @@ class EngineConfig:
     accumulation_steps: int = 1
     activation_checkpointing: bool = False
     activation_offload: bool = False
+    mlp_chunk_tokens: int | None = None
     kernel: str = "auto"
     fused: Literal["auto", "on", "off"] = "auto"
     zero3_keep_elements: int = 100_000
@@ -67,6 +70,13 @@ class EngineConfig:
             value = getattr(self, name)
             if value < least:
                 found.append(Problem(f"engine.{name} = {value}: it must be {least} or more"))
+        if self.mlp_chunk_tokens is not None and self.mlp_chunk_tokens < 1:
+            found.append(
+                Problem(
+                    f"engine.mlp_chunk_tokens = {self.mlp_chunk_tokens}: it must be 1 or more",
+                    "engine.mlp_chunk_tokens none for all tokens at once, or 16k",
+                )
+            )
         if self.kernel != "auto" and self.kernel not in kernel_names():
             found.append(
                 Problem(

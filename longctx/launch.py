@@ -287,6 +287,7 @@ OUT_OF_MEMORY = (
     "       --engine.activation_checkpointing=true    recompute activations; attention and its messages are kept\n"
     "       --parallel.ring=N on more GPUs            each then holds a smaller part of every sequence\n"
     "       --engine.activation_offload=true          with recomputation: what is kept, in the host's memory\n"
+    "       --engine.mlp_chunk_tokens=16k             the SwiGLU of so many tokens at a time\n"
     "       --engine.zero_stage=2, or 3               gradients, then parameters too, are spread over the processes\n"
     "       --engine.offload=optimizer                its state in the host's memory\n"
     "       --data.seq_len, --engine.micro_batch_size less of either; --dry-run says what state needs before activations"

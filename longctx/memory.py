@@ -97,19 +97,21 @@ class _Rank:
         if self.engine.activation_checkpointing:
             summed = self.model.hidden_size if self.plan.tp > 1 and not self.plan.shard_norms else 0
             return size * (self.residual + summed) + attention + exchanged
-        # Both residuals and both norms, what enters attention, and the SwiGLU's gate, input and product.
-        return (
-            size * (2 * self.residual + 2 * self.model.hidden_size + q + 2 * kv + 3 * self.features)
-            + attention
-            + exchanged
-        )
+        # Both residuals and both norms, what enters attention, and the SwiGLU's gate, input and product; in pieces it keeps
+        # its input alone, which the norms are.
+        swiglu = 3 * self.features if self.engine.mlp_chunk_tokens is None else 0
+        return size * (2 * self.residual + 2 * self.model.hidden_size + q + 2 * kv + swiglu) + attention + exchanged
 
     def working(self, with_loss: bool) -> int:
         """Bytes of the temporaries at the peak: of the SwiGLU's, of attention's or of the loss's backward pass."""
-        size, q, kv = self.itemsize, self.q, self.kv
-        swiglu = size * (5 * self.features + 2 * self.model.hidden_size)
+        size, q, kv, chunk = self.itemsize, self.q, self.kv, self.engine.mlp_chunk_tokens
+        swiglu = self.tokens * size * 2 * self.model.hidden_size
+        swiglu += min(self.tokens, chunk or self.tokens) * size * 5 * self.features
+        if chunk is not None:
+            # The sums of the weights' gradients.
+            swiglu += 4 * 3 * self.model.hidden_size * self.features
         attention = size * (4 * q + 4 * kv + 2 * self.model.hidden_size) + 4 * (q + 2 * kv)
-        found = self.tokens * max(swiglu, attention)
+        found = max(swiglu, self.tokens * attention)
         if with_loss:
             # One chunk of logits, the gradient of the hidden state, and that of the projection in fp32.
             table = 4 * self.model.vocab_size * self.model.hidden_size // self.plan.tp

@@ -25,6 +25,7 @@ from longctx.parallel.strategy import KEPT_OPERATORS
 from longctx.parallel.tensor import ALONE, MAY_KEEP_OPS, TensorParallel, VocabularyEmbedding
 from longctx.rope import apply_rope, rope_cos_sin, rope_frequencies
 from longctx.shapes import check_shapes
+from longctx.tiled_mlp import tiled_swiglu
 
 if TYPE_CHECKING:
     from longctx.parallel.mesh import ParallelMesh
@@ -74,6 +75,7 @@ class Transformer(nn.Module):
             Attention and its communication run once.
         activation_offload: with activation checkpointing, what layers keep is in the host's memory but for two of them
             (`longctx.offload`).
+        mlp_chunk_tokens: most tokens whose SwiGLU is computed at once (`longctx.tiled_mlp`); None: all.
         fused: liger-kernel's operations: "auto" where they can be had, "on", "off".
         seed: of the initial weights.
         settle: called with the name and the module of each part (embedding, each layer, last norm, output projection) in this
@@ -93,6 +95,7 @@ class Transformer(nn.Module):
         kernel: str = "auto",
         activation_checkpointing: bool = False,
         activation_offload: bool = False,
+        mlp_chunk_tokens: int | None = None,
         fused: Fused = "auto",
         seed: int = 0,
         settle: Settle | None = None,
@@ -112,7 +115,7 @@ class Transformer(nn.Module):
                 settle(name, part)
             return part
 
-        self.model = _Decoder(config, mesh, kernel, fused, made)
+        self.model = _Decoder(config, mesh, kernel, fused, mlp_chunk_tokens, made)
         head = LMHead(config.hidden_size, config.vocab_size, fused=fused, tensor=TensorParallel.of(mesh))
         if config.tie_embeddings:
             # One Parameter in two modules: each module's hooks find it, and the optimizer sees it once.
@@ -158,7 +161,15 @@ def make_offload(activation_checkpointing: bool, activation_offload: bool) -> Ac
 
 
 class _Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused, made: _Made) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: ParallelMesh | None,
+        kernel: str,
+        fused: Fused,
+        mlp_chunk_tokens: int | None,
+        made: _Made,
+    ) -> None:
         super().__init__()
         self.config = config
         table = VocabularyEmbedding(config.vocab_size, config.hidden_size, TensorParallel.of(mesh))
@@ -166,7 +177,7 @@ class _Decoder(nn.Module):
         self.layers = nn.ModuleList(
             made(
                 f"model.layers.{i}",
-                DecoderLayer(config, None if mesh is None else mesh.for_layer(i), kernel, fused),
+                DecoderLayer(config, None if mesh is None else mesh.for_layer(i), kernel, fused, mlp_chunk_tokens),
             )
             for i in range(config.num_layers)
         )
@@ -213,13 +224,20 @@ def run_layers(
 class DecoderLayer(nn.Module):
     """Attention and SwiGLU, each behind a norm and added to what came in."""
 
-    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, kernel: str, fused: Fused) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: ParallelMesh | None,
+        kernel: str,
+        fused: Fused,
+        mlp_chunk_tokens: int | None = None,
+    ) -> None:
         super().__init__()
         size, eps, tensor = config.hidden_size, config.norm_eps, TensorParallel.of(mesh).of_norms
         self.input_layernorm = RMSNorm(size, eps, fused=fused, tensor=tensor)
         self.self_attn = _Attention(config, mesh, kernel, fused)
         self.post_attention_layernorm = RMSNorm(size, eps, fused=fused, tensor=tensor)
-        self.mlp = _MLP(config, mesh, fused)
+        self.mlp = _MLP(config, mesh, fused, mlp_chunk_tokens)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meta: SequenceMeta) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, meta)
@@ -255,18 +273,43 @@ class _Attention(nn.Module):
 
 
 class _MLP(nn.Module):
-    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, fused: Fused) -> None:
+    def __init__(self, config: ModelConfig, mesh: ParallelMesh | None, fused: Fused, chunk_tokens: int | None) -> None:
         super().__init__()
         self.tensor = tensor = TensorParallel.of(mesh)
         e, f = config.hidden_size, tensor.part(config.mlp_size)
-        self.fused = fused
-        self.gate_proj = _linear(e, f, tensor, cut=0)
-        self.up_proj = _linear(e, f, tensor, cut=0)
-        self.down_proj = _linear(f, e, tensor, cut=1)
+        self.fused, self.chunk_tokens = fused, chunk_tokens
+        self.gate_proj = _linear(e, f, tensor, cut=0, cls=_Projection)
+        self.up_proj = _linear(e, f, tensor, cut=0, cls=_Projection)
+        self.down_proj = _linear(f, e, tensor, cut=1, cls=_Projection)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.tensor.enter(x)
-        return self.tensor.leave(self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x), fused=self.fused)))
+        if self.chunk_tokens is None:
+            out = self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x), fused=self.fused))
+        else:
+            compute = partial(tiled_swiglu, chunk_tokens=self.chunk_tokens, fused=self.fused)
+            out = _inside((self.gate_proj, self.up_proj, self.down_proj), x, compute)
+        return self.tensor.leave(out)
+
+
+class _Projection(nn.Linear):
+    """A projection without a bias, or with `inside`, `inside(x, weight)`."""
+
+    def forward(
+        self, x: torch.Tensor, *, inside: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        return super().forward(x) if inside is None else inside(x, self.weight)
+
+
+def _inside(
+    projections: Sequence[nn.Module], x: torch.Tensor, compute: Callable[..., torch.Tensor], *weights: torch.Tensor
+) -> torch.Tensor:
+    """`compute(x, *weights of all projections)`, called in the forward of the last, this one in that of the one before, and so
+    on: so that hooks on modules (ZeRO-3's) hold all weights while it runs, and again in backward, each gathered once.
+    """
+    if not projections:
+        return compute(x, *weights)
+    return projections[0](x, inside=lambda x, weight: _inside(projections[1:], x, compute, *weights, weight))
 
 
 class RMSNorm(nn.Module):
@@ -287,9 +330,17 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.tensor.of_all(self.weight), self.eps, fused=self.fused)
 
 
-def _linear(size_in: int, size_out: int, tensor: TensorParallel, *, cut: int, bias: bool = False) -> nn.Linear:
+def _linear(
+    size_in: int,
+    size_out: int,
+    tensor: TensorParallel,
+    *,
+    cut: int,
+    bias: bool = False,
+    cls: type[nn.Linear] = nn.Linear,
+) -> nn.Linear:
     """A projection in this rank's size: a part of its outputs (cut 0) or of its inputs (cut 1, without a bias)."""
-    linear = _uninitialised(nn.Linear, size_in, size_out, bias=bias)
+    linear = _uninitialised(cls, size_in, size_out, bias=bias)
     for parameter in linear.parameters():
         tensor.cut(parameter, cut)
     return linear
@@ -304,7 +355,7 @@ def _recomputed(kept: KeptLayer | None, layer: nn.Module, x: torch.Tensor, *args
     """`layer(x, *args)`, keeping x and what attention gave, in `kept` if given; the rest is computed again in backward."""
     context_fn = keep_attention if kept is None else partial(kept.contexts, _is_kept)
     # torch's default of stopping the recomputation early is relied upon: it ends inside `down_proj`, at the last tensor that
-    # backward needs. That saves the product, and under ZeRO-3 it is what keeps the hook after `down_proj` from giving back
+    # backward needs. That saves the product (with `mlp_chunk_tokens` all three of the SwiGLU), and under ZeRO-3 it is what keeps the hook after `down_proj` from giving back
     # the weight that backward has just gathered.
     with nullcontext() if kept is None else kept.input(x):
         return checkpoint(

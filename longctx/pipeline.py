@@ -58,7 +58,7 @@ class _Stages(PipelineModule):
 
     Args:
         stages: the decoder layers of each stage.
-        activation_checkpointing, activation_offload, kernel, fused, seed: as in `Transformer`.
+        activation_checkpointing, activation_offload, mlp_chunk_tokens, kernel, fused, seed: as in `Transformer`.
 
     Raises:
         ConfigError: all problems of `config` in one message.
@@ -73,6 +73,7 @@ class _Stages(PipelineModule):
         kernel: str,
         activation_checkpointing: bool,
         activation_offload: bool,
+        mlp_chunk_tokens: int | None,
         fused: str,
         seed: int,
     ) -> None:
@@ -82,7 +83,7 @@ class _Stages(PipelineModule):
         # Before any attribute may be set on a module: what _partition_layers, called in the middle of it, needs.
         object.__setattr__(self, "_stages", tuple(stages))
         topology = ProcessTopology(axes=["pipe", "data", "model"], dims=[plan.pp, plan.grad_world, plan.tp])
-        specs = _specs(config, mesh, kernel, fused)
+        specs = _specs(config, mesh, kernel, fused, mlp_chunk_tokens)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
             super().__init__(layers=specs, topology=topology, activation_checkpoint_interval=0)
@@ -169,11 +170,16 @@ class DualPipeTransformer(_Stages, DualPipeVModule):
         self.phase_bounds = [(self._local_start, self._local_stop), (self.parts[mirror], self.parts[mirror + 1])]
 
 
-def _specs(config: ModelConfig, mesh: ParallelMesh, kernel: str, fused: str) -> list[LayerSpec]:
+def _specs(
+    config: ModelConfig, mesh: ParallelMesh, kernel: str, fused: str, mlp_chunk_tokens: int | None
+) -> list[LayerSpec]:
     """The whole model as DeepSpeed's recipes; only this stage's are made."""
     tensor = TensorParallel.of(mesh)
     e, vocab, eps = config.hidden_size, config.vocab_size, config.norm_eps
-    layers = [LayerSpec(DecoderLayer, config, mesh.for_layer(i), kernel, fused) for i in range(config.num_layers)]
+    layers = [
+        LayerSpec(DecoderLayer, config, mesh.for_layer(i), kernel, fused, mlp_chunk_tokens)
+        for i in range(config.num_layers)
+    ]
     norm = LayerSpec(RMSNorm, e, eps, fused=fused, tensor=tensor.of_norms)
     if not config.tie_embeddings:
         embedding = LayerSpec(VocabularyEmbedding, vocab, e, tensor)

@@ -99,6 +99,9 @@ def step_time(config: Config, plan: ParallelPlan, *, peak: float, node_size: int
         linear = flops / LINEAR_FLOPS * scale
         messages = layers * attention.exposed + _tensor_messages(config, plan, tokens, layers, of_machine)
         messages += _gathers(config, plan, sum(parameters[stage] for stage in held) // plan.tp, linear, node_size)
+        if engine.mlp_chunk_tokens is not None and not engine.activation_checkpointing:
+            # Gate and up of each piece once more.
+            linear += 4 * layers * model.hidden_size * model.mlp_size // plan.tp * tokens / LINEAR_FLOPS * scale
         of_layers = passes * weights * tokens / LINEAR_FLOPS * scale
         messages += _fetches(config, plan, layers, passes, of_layers / max(1, layers), attended)
         one = StepTime(linear, layers * attended, messages, 0, 0)

@@ -34,6 +34,7 @@ class PlanCase:
 
     Args:
         host: what is kept for the recomputation lies in the host's memory.
+        mlp_tokens: of a piece of the SwiGLU.
     """
 
     dp: int = 1
@@ -46,6 +47,7 @@ class PlanCase:
     tied: bool = False
     recompute: bool = False
     host: bool = False
+    mlp_tokens: int | None = None
     rich: bool = False
     shard_norms: bool = False
     dual: bool = False
@@ -78,6 +80,7 @@ class PlanCase:
         words = [f"zero{self.zero}", f"accumulate{self.accumulation}"]
         words += [name for name in ("tied", "recompute", "host", "rich", "shard_norms", "dual") if getattr(self, name)]
         words += [self.layout] * (self.layout != "zigzag") + [f"tokens{self.seq_len}"] * (self.seq_len != SEQ_LEN)
+        words += [] if self.mlp_tokens is None else [f"mlp{self.mlp_tokens}"]
         words += [f"offload_{self.offload}"] * (self.offload != "none") + [self.dtype] * (self.dtype != "fp32")
         return "-".join((degrees or ["one"]) + words)
 
@@ -96,6 +99,7 @@ def errors(case: PlanCase) -> dict[str, float]:
         accumulation_steps=case.accumulation,
         activation_checkpointing=case.recompute,
         activation_offload=case.host,
+        mlp_chunk_tokens=case.mlp_tokens,
         zero3_keep_elements=0,
         kernel="reference",
     )
@@ -220,7 +224,7 @@ def draw_case(seed: int, max_world: int) -> RandomCase:
     mask_documents = draw.random() < 0.5
     # Without checkpointing it is refused.
     offload = draw.random() < (0.5 if engine.activation_checkpointing else 0.05)
-    engine = replace(engine, activation_offload=offload)
+    engine = replace(engine, activation_offload=offload, mlp_chunk_tokens=draw.choice([None, None, 1, 5, 1000]))
     return RandomCase(plan=plan, model=model, engine=engine, seq_len=seq_len, mask_documents=mask_documents, seed=seed)
 
 

@@ -98,6 +98,7 @@ def test_deepspeed_is_told_what_it_would_choose_silently(stage, dtype):
         ({"offload": "optimizer", "zero_stage": 0}, "cpu", "engine.zero_stage 1"),
         ({"offload": "all", "zero_stage": 2}, "cpu", "engine.zero_stage 3, or engine.offload optimizer"),
         ({"activation_offload": True}, "cpu", "engine.activation_checkpointing true"),
+        ({"mlp_chunk_tokens": 0}, "cpu", "engine.mlp_chunk_tokens none"),
         ({"kernel": "tritn"}, "cpu", "did you mean 'triton'?"),
         ({"micro_batch_size": 0}, "cpu", "engine.micro_batch_size = 0"),
         ({"accumulation_steps": 0}, "cpu", "engine.accumulation_steps = 0"),

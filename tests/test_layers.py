@@ -50,7 +50,7 @@ LAYERS = (
     ("L2", ("parallel.ring", "parallel.operator", "parallel.direct", "parallel.routes", "parallel.gather")),
     ("L2 schemes", ("parallel.ulysses", "parallel.strategy", "parallel.chunks", "parallel.tensor", "parallel.loss")),
     ("L3", ("calls", "flash", "functional")),
-    ("L4", ("attention", "rope", "model_config", "initial", "offload", "model")),
+    ("L4", ("attention", "rope", "model_config", "initial", "offload", "tiled_mlp", "model")),
     (
         "L5 text and numbers",
         (
@@ -131,6 +131,7 @@ FORBIDDEN = (
             "rope",
             "initial",
             "offload",
+            "tiled_mlp",
             "model",
             "hf_masks",
             "hf_attention",

@@ -203,6 +203,10 @@ def test_more_gpus_more_memory_and_recomputation_do_what_they_should():
     norms = ParallelPlan(tp=8, shard_norms=True)
     assert total(norms, zero_stage=1) < total(ParallelPlan(tp=8), zero_stage=1)
     assert total(ring, activation_offload=True) < total(ring)
+    # Five temporaries as wide as the SwiGLU, of 4k tokens instead of 128k; more than the sums of the weights' gradients take.
+    assert total(ring, mlp_chunk_tokens=4096, seq_len=1 << 20) < total(ring, seq_len=1 << 20)
+    kept = {"activation_checkpointing": False}
+    assert total(ring, mlp_chunk_tokens=4096, **kept) < total(ring, **kept)
     # More micro-batches are in flight in the first of several stages.
     stages = ParallelPlan(pp=4, ring=2)
     assert total(stages, zero_stage=1, accumulation_steps=4) > total(stages, zero_stage=1, accumulation_steps=1)

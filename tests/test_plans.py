@@ -19,7 +19,7 @@ BATCH = 6
 AXES = ("dp", "pp", "ring", "ulysses", "tp")
 # A world's cases share its processes, for DeepSpeed keeps one set of groups in a process.
 SAMPLE = (
-    PlanCase(ring=2, tp=2, zero=0),
+    PlanCase(ring=2, tp=2, zero=0, mlp_tokens=7),
     PlanCase(ulysses=2, tp=2, zero=2, recompute=True, host=True),
     PlanCase(
         dp=2,
@@ -29,12 +29,13 @@ SAMPLE = (
         tied=True,
         recompute=True,
         host=True,
+        mlp_tokens=7,
         rich=True,
         shard_norms=True,
         seq_len=47,
     ),
     PlanCase(pp=2, ulysses=2, zero=1, accumulation=4, tied=True, recompute=True, host=True, rich=True),
-    PlanCase(pp=2, dp=2, zero=0, tied=True),
+    PlanCase(pp=2, dp=2, zero=0, tied=True, mlp_tokens=10),
     PlanCase(
         pp=2, ring=2, zero=1, accumulation=4, tied=True, recompute=True, host=True, dual=True, layers=5, layout="auto"
     ),
@@ -67,6 +68,7 @@ def whole_matrix() -> list[PlanCase]:
                 rest |= {"recompute": tied == (accumulation == 1), "rich": not tied, "layers": 5}
                 # Of what is recomputed, and of each ZeRO stage, one half.
                 rest |= {"host": rest["recompute"] and tied == (zero % 2 == 0)}
+                rest |= {"mlp_tokens": 7 if zero == 3 or tied else None}
                 cases.append(PlanCase(**degrees, zero=zero, tied=tied, accumulation=accumulation, **rest))
     return cases
 

@@ -160,7 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                _add_product(grad_weight, logits, hidden[rows])
+                add_product(grad_weight, logits, hidden[rows])
         ctx.grads = grad_hidden, grad_weight
         ctx.dtype = weight.dtype
         return loss
@@ -273,7 +273,7 @@ def _liger_softmax(logits: torch.Tensor, labels: torch.Tensor, with_grad: bool) 
     return losses.sum()
 
 
-def _add_product(total: torch.Tensor, dlogits: torch.Tensor, hidden: torch.Tensor) -> None:
+def add_product(total: torch.Tensor, dlogits: torch.Tensor, hidden: torch.Tensor) -> None:
     """total += dlogits^T @ hidden; `total` is fp32 (fp64), its products are never rounded to a half type."""
     if dlogits.dtype == total.dtype:
         total.addmm_(dlogits.t(), hidden)
