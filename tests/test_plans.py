@@ -94,7 +94,7 @@ def check(cases: list[PlanCase]) -> None:
     pp, grad, tp = cases[0].world
     found: dict[str, dict[str, float]] = {}
     for some in batched(cases):
-        found |= run_distributed(train_plans, some, world=pp * grad * tp, timeout_s=60 + 20 * len(some))[0]
+        found |= run_distributed(train_plans, some, world=pp * grad * tp, timeout_s=60 + 60 * len(some))[0]
     assert list(found) == [str(case) for case in cases]
     worst = {case: next(iter(errors.items())) for case, errors in found.items()}
     case, (what, error) = max(worst.items(), key=lambda item: item[1][1])
@@ -137,7 +137,7 @@ def check_random(cases: list) -> None:
     for (pp, grad, tp), of_world in worlds_of(runnable).items():
         found: list[dict] = [{} for _ in range(pp * grad * tp)]
         for some in batched(of_world):
-            told = run_distributed(train_random, some, world=pp * grad * tp, timeout_s=60 + 20 * len(some))
+            told = run_distributed(train_random, some, world=pp * grad * tp, timeout_s=60 + 60 * len(some))
             found = [known | new for known, new in zip(found, told, strict=True)]
         for case in of_world:
             got = found[0][case.seed]

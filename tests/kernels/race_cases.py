@@ -90,9 +90,18 @@ MISTAKES = {
         "backward-d256-full",
         Change(WIDE, "    mbarrier.wait(p_ready, t & 1)\n", ""),
     ),
+    # Left out by who writes instead, it is only found where the store happens to be under way: that has been waited for, it sees.
     "dq is written over what is being added": (
         "backward-d128-full",
-        Change(PARTS, "    mbarrier.wait(empty, (turn & 1) ^ 1)\n", ""),
+        Change(
+            PARTS,
+            "                tma_store_wait(1)\n"
+            "                mbarrier.arrive(dq_empty.index(0), count=1)\n"
+            "                tma_store_wait(0)\n"
+            "                mbarrier.arrive(dq_empty.index(1), count=1)\n",
+            "                mbarrier.arrive(dq_empty.index(0), count=1)\n"
+            "                mbarrier.arrive(dq_empty.index(1), count=1)\n",
+        ),
     ),
     "dO is read before it has come": (
         "backward-d256-full",
