@@ -355,8 +355,8 @@ def _recomputed(kept: KeptLayer | None, layer: nn.Module, x: torch.Tensor, *args
     """`layer(x, *args)`, keeping x and what attention gave, in `kept` if given; the rest is computed again in backward."""
     context_fn = keep_attention if kept is None else partial(kept.contexts, _is_kept)
     # torch's default of stopping the recomputation early is relied upon: it ends inside `down_proj`, at the last tensor that
-    # backward needs. That saves the product (with `mlp_chunk_tokens` all three of the SwiGLU), and under ZeRO-3 it is what keeps the hook after `down_proj` from giving back
-    # the weight that backward has just gathered.
+    # backward needs. That saves the product (with `mlp_chunk_tokens` all three of the SwiGLU), and under ZeRO-3 it is what
+    # keeps the hook after `down_proj` from giving back the weight that backward has just gathered.
     with nullcontext() if kept is None else kept.input(x):
         return checkpoint(
             layer,
