@@ -38,11 +38,6 @@ GPUS = {
 USABLE = 0.95
 # Estimates that differ by less say nothing.
 ALIKE = 0.99
-# What takes less of a GPU, by whether activations are in the host's memory already.
-_MOVES = {
-    False: "--engine.activation_offload=true (with activation_checkpointing), or --engine.offload=optimizer",
-    True: "or --engine.offload=optimizer",
-}
 
 
 @dataclass(frozen=True)
@@ -191,12 +186,17 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> str:
         )
     if not fitting:
         least = min(found, key=lambda c: c.memory.total)
+        offload = (
+            ""
+            if config.engine.activation_offload
+            else "--engine.activation_offload=true (with activation_checkpointing), "
+        )
         return "\n".join(
             [
                 head,
                 _table([least], peak, limit, args.longest),
                 f"nothing fits: even the plan above needs {least.memory.total / GIB:.1f} GiB, most of it {_largest(least.memory)}",
-                f"more GPUs, shorter sequences, {_MOVES[config.engine.activation_offload]}",
+                f"more GPUs, shorter sequences, {offload}or --engine.offload=optimizer",
             ]
         )
     shown = _best_of_each(fitting)[: args.top]
