@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longctx.attention_cost import attention_of
 from longctx.deepspeed_setup import BUCKET_ELEMENTS
 from longctx.engine_config import EngineConfig
 from longctx.model_config import ModelConfig
 from longctx.offload import LAYERS_HELD
 from longctx.padding import padded_length
+from longctx.parallel.cost import Estimate
 from longctx.parallel.loss import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from longctx.parallel.plan import ParallelPlan
 
@@ -59,7 +61,7 @@ class _Rank:
     Args:
         tokens: of a micro-batch.
         q, kv, features: of one token: all query heads, the key heads of K alone, and the SwiGLU, of this rank.
-        hidden: of one token where norms are shared among tp ranks, `size` where they are not.
+        attention: what a layer's attention keeps and has under way, in shares of the rank's keys.
         itemsize: bytes of an activation.
     """
 
@@ -69,6 +71,7 @@ class _Rank:
     tokens: int
     itemsize: int
     device_type: str
+    attention: Estimate
 
     @property
     def q(self) -> int:
@@ -77,6 +80,15 @@ class _Rank:
     @property
     def kv(self) -> int:
         return self.model.kv_heads * self.model.head_size // self.plan.tp
+
+    @property
+    def ring_keys(self) -> int:
+        """Bytes of K and V of one token as the ring has them. Of the keys that few key heads have, Ulysses ranks hold copies."""
+        return self.itemsize * 2 * self.kv * self._copies
+
+    @property
+    def _copies(self) -> int:
+        return max(1, self.plan.ulysses * self.plan.tp // self.model.kv_heads)
 
     @property
     def features(self) -> int:
@@ -90,10 +102,8 @@ class _Rank:
         """Bytes that one layer keeps of one token for its backward pass."""
         size, q, kv = self.itemsize, self.q, self.kv
         lse = 4 * self.model.num_heads // self.plan.tp
-        attention = size * q + lse
-        # Of the keys that few key heads have, Ulysses ranks hold copies.
-        copies = max(1, self.plan.ulysses * self.plan.tp // self.model.kv_heads)
-        exchanged = size * (2 * q + 2 * kv * copies) if self.plan.ulysses > 1 else 0
+        attention = size * q + lse + round(self.attention.held * self.ring_keys)
+        exchanged = size * 2 * q + self.ring_keys if self.plan.ulysses > 1 else 0
         if self.engine.activation_checkpointing:
             summed = self.model.hidden_size if self.plan.tp > 1 and not self.plan.shard_norms else 0
             return size * (self.residual + summed) + attention + exchanged
@@ -120,16 +130,27 @@ class _Rank:
         return found
 
     def message_buffers(self) -> int:
-        """Bytes of the ring's buffers: two to send and two to receive, of keys and values and of their gradients in fp32."""
+        """Bytes of the ring's buffers, two of each kind: keys and values that come, their gradients in fp32, and gradients that
+        come home.
+        """
         if self.plan.ring == 1:
             return 0
         grad = 2 if self.plan.grad_dtype == "bf16" else 4
         # A rank of a ring x Ulysses holds all tokens of its ring rank and a share of the heads.
-        return 4 * self.tokens * 2 * self.kv * (self.itemsize + grad)
+        # The only keys that come to a ring of two are those that are held.
+        coming = 0 if self.plan.ring == 2 and self.attention.held else self.itemsize
+        of_key = self.ring_keys // self.itemsize * (coming + 4 + grad)
+        return round(2 * self.tokens * self.attention.moving * of_key)
 
 
 def rank_memory(
-    model: ModelConfig, engine: EngineConfig, plan: ParallelPlan, seq_len: int, *, device_type: str = "cuda"
+    model: ModelConfig,
+    engine: EngineConfig,
+    plan: ParallelPlan,
+    seq_len: int,
+    *,
+    device_type: str = "cuda",
+    node_size: int | None = None,
 ) -> RankMemory:
     """The estimate for the rank that needs most.
 
@@ -137,8 +158,9 @@ def rank_memory(
         plan: resolved, and without problems for this model and length.
         seq_len: global length of a sequence.
         device_type: decides what the dtype "auto" is.
+        node_size: GPUs of one machine, which decides what a ring keeps; None: all are in one.
     """
-    rank = _rank(model, engine, plan, seq_len, device_type)
+    rank = _rank(model, engine, plan, seq_len, device_type, node_size)
     itemsize = rank.itemsize
     stages = model.stages(plan.num_stages, seq_len)
     parameters = model.stage_params(stages)
@@ -169,16 +191,21 @@ def rank_memory(
     return max(found, key=lambda memory: memory.total)
 
 
-def layer_activations(model: ModelConfig, engine: EngineConfig, plan: ParallelPlan, seq_len: int) -> int:
+def layer_activations(
+    model: ModelConfig, engine: EngineConfig, plan: ParallelPlan, seq_len: int, *, node_size: int | None = None
+) -> int:
     """Bytes that one layer keeps of one micro-batch for its backward pass, on a GPU. Arguments as `rank_memory`."""
-    rank = _rank(model, engine, plan, seq_len, "cuda")
+    rank = _rank(model, engine, plan, seq_len, "cuda", node_size)
     return rank.kept_by_layer() * rank.tokens
 
 
-def _rank(model: ModelConfig, engine: EngineConfig, plan: ParallelPlan, seq_len: int, device_type: str) -> _Rank:
+def _rank(
+    model: ModelConfig, engine: EngineConfig, plan: ParallelPlan, seq_len: int, device_type: str, node_size: int | None
+) -> _Rank:
     local_len = padded_length(seq_len, plan.seq_multiple) // plan.sp
     itemsize = 4 if engine.resolved_dtype(device_type) == "fp32" else 2
-    return _Rank(model, engine, plan, engine.micro_batch_size * local_len, itemsize, device_type)
+    attention = attention_of(model, engine, plan, seq_len, node_size=node_size)
+    return _Rank(model, engine, plan, engine.micro_batch_size * local_len, itemsize, device_type, attention)
 
 
 def _model_state(

@@ -93,7 +93,7 @@ def candidates(config: Config, world_size: int, *, peak: float, node_size: int, 
                 mine = replace(config, engine=engine, parallel=plan)
                 if engine.problems("cuda") or mine.plan_problems(plan, world_size, node_size):
                     continue
-                memory = rank_memory(config.model, engine, plan, config.data.seq_len)
+                memory = rank_memory(config.model, engine, plan, config.data.seq_len, node_size=node_size)
                 time = step_time(mine, plan, peak=peak, node_size=node_size)
                 found.append(Candidate(mine, _flags(config, asked, engine), plan, memory, time))
     return sorted(found, key=lambda c: c.time.total / c.tokens_per_step)
@@ -120,16 +120,17 @@ def _flags(config: Config, plan: ParallelPlan, engine: EngineConfig) -> str:
     return " ".join(filter(None, words))
 
 
-def longest(candidate: Candidate, limit: float) -> int:
+def longest(candidate: Candidate, limit: float, node_size: int) -> int:
     """The most tokens of a sequence, in thousands of 1024, with which a candidate still fits; 0 if none does."""
-    config = candidate.config
+    config, plan = candidate.config, candidate.plan
 
     def fits(blocks: int) -> bool:
-        return rank_memory(config.model, config.engine, candidate.plan, blocks * 1024).total <= limit
+        memory = rank_memory(config.model, config.engine, plan, blocks * 1024, node_size=node_size)
+        return memory.total <= limit
 
-    low, high = 0, 1
-    while fits(high) and high < 1 << 17:
-        low, high = high, 2 * high
+    # A longer sequence may need less than a shorter one: its ring keeps no keys.
+    low = max((1 << n for n in range(17) if fits(1 << n)), default=0)
+    high = max(1, 2 * low)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -194,7 +195,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> str:
         return "\n".join(
             [
                 head,
-                _table([least], peak, limit, args.longest),
+                _table([least], peak, [longest(least, limit, node_size)] if args.longest else None),
                 f"nothing fits: even the plan above needs {least.memory.total / GIB:.1f} GiB, most of it {_largest(least.memory)}",
                 f"more GPUs, shorter sequences, {offload}or --engine.offload=optimizer",
             ]
@@ -204,7 +205,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> str:
     return "\n".join(
         [
             head,
-            _table(shown, peak, limit, args.longest),
+            _table(shown, peak, [longest(c, limit, node_size) for c in shown] if args.longest else None),
             f"take the first: {_why(best, shown)}",
             f"  {best.flags or 'as it is configured'}",
         ]
@@ -226,7 +227,7 @@ def _best_of_each(fitting: Sequence[Candidate]) -> list[Candidate]:
     return sorted(chosen, key=lambda c: -c.speed)
 
 
-def _table(shown: Sequence[Candidate], peak: float, limit: float, with_longest: bool) -> str:
+def _table(shown: Sequence[Candidate], peak: float, lengths: Sequence[int] | None) -> str:
     header = [
         "dp",
         "pp",
@@ -242,9 +243,9 @@ def _table(shown: Sequence[Candidate], peak: float, limit: float, with_longest: 
         "MFU",
         "waiting",
     ]
-    header += ["longest"] * with_longest
+    header += ["longest"] * (lengths is not None)
     rows = [header]
-    for c in shown:
+    for i, c in enumerate(shown):
         p, e = c.plan, c.config.engine
         waiting = (c.time.messages + c.time.bubble) / c.time.total
         rows.append(
@@ -257,7 +258,7 @@ def _table(shown: Sequence[Candidate], peak: float, limit: float, with_longest: 
                 f"{c.speed / p.world_size:,.0f}",
                 f"{100 * c.mfu(peak):.1f}%",
                 f"{100 * waiting:.1f}%",
-                *([f"{longest(c, limit) // 1024:_}k"] if with_longest else []),
+                *([f"{lengths[i] // 1024:_}k"] if lengths is not None else []),
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]

@@ -63,7 +63,7 @@ def dry_run(config: Config, launch: Launch, *, world_size: int | None = None) ->
         *(f"batch {i}   {_batch_line(batch)}" for i, batch in enumerate(loader.step(0))),
         f"model     {shape.num_params:_} parameters, {dtype}",
         *_weights_lines(config, weights),
-        f"memory    {_memory_line(config, plan, device)}",
+        f"memory    {_memory_line(config, plan, device, place)}",
     ]
     return "\n".join(lines)
 
@@ -303,8 +303,15 @@ def _batch_line(batch: ShardedBatch) -> str:
     )
 
 
-def _memory_line(config: Config, plan: ParallelPlan, device: torch.device) -> str:
-    memory = rank_memory(config.model, config.engine, plan, config.data.seq_len, device_type=device.type)
+def _memory_line(config: Config, plan: ParallelPlan, device: torch.device, place: Place) -> str:
+    memory = rank_memory(
+        config.model,
+        config.engine,
+        plan,
+        config.data.seq_len,
+        device_type=device.type,
+        node_size=place.local_world_size,
+    )
     parts = [f"{name} {in_bytes(size)}" for name, size in vars(memory).items() if name != "host" and size]
     host = f"; {in_bytes(memory.host)} in the host's memory" if memory.host else ""
     return f"about {in_bytes(memory.total)} on the rank that holds most: {', '.join(parts)}{host}"

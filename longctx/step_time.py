@@ -10,14 +10,12 @@ for the messages of ZeRO.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
+from longctx.attention_cost import attention_of
 from longctx.config import Config
-from longctx.layout import SequenceLayout
 from longctx.memory import layer_activations
-from longctx.parallel.cost import MEMORY_BYTES, NETWORK_BYTES, NODE_BYTES, Estimate
-from longctx.parallel.degrees import Work, attention_estimate
-from longctx.parallel.plan import STRATEGIES, ParallelPlan
+from longctx.parallel.cost import MEMORY_BYTES, NETWORK_BYTES, NODE_BYTES
+from longctx.parallel.plan import ParallelPlan
 
 # Of the products with weights and what goes with them (norms, SwiGLU, loss): FLOP/s on a Hopper GPU, from the steps of
 # benchmarks/results/training.csv less attention's time.
@@ -63,27 +61,8 @@ def step_time(config: Config, plan: ParallelPlan, *, peak: float, node_size: int
     stages = model.stages(plan.num_stages, seq_len)
     parameters = model.stage_params(stages)
     table = model.vocab_size * model.hidden_size
-    work = Work(
-        num_heads=model.num_heads // plan.tp,
-        num_kv_heads=model.kv_heads // plan.tp,
-        head_dim=model.head_size,
-        seq_len=seq_len,
-        mask=model.causal_mask,
-        batch=engine.micro_batch_size,
-        itemsize=2,
-        grad_itemsize=2 if plan.grad_dtype == "bf16" else 4,
-    )
     of_machine = node_size % (plan.ulysses * plan.tp) == 0
-    attention = _attention(
-        plan.ring,
-        plan.ulysses,
-        work,
-        plan.sequence_layout,
-        STRATEGIES[1:] if plan.strategy == "auto" else (plan.strategy,),
-        plan.ulysses_chunks,
-        node_size % (plan.sp * plan.tp) == 0,
-        of_machine,
-    )
+    attention = attention_of(model, engine, plan, seq_len, node_size=node_size)
     nearest = min(HEAD_DIM_TIME, key=lambda d: abs(d - model.head_size))
     attended = (attention.total - attention.exposed) * HEAD_DIM_TIME[nearest] * scale
     # Products forward and twice backward; layers once more where they are recomputed.
@@ -103,7 +82,7 @@ def step_time(config: Config, plan: ParallelPlan, *, peak: float, node_size: int
             # Gate and up of each piece once more.
             linear += 4 * layers * model.hidden_size * model.mlp_size // plan.tp * tokens / LINEAR_FLOPS * scale
         of_layers = passes * weights * tokens / LINEAR_FLOPS * scale
-        messages += _fetches(config, plan, layers, passes, of_layers / max(1, layers), attended)
+        messages += _fetches(config, plan, layers, passes, of_layers / max(1, layers), attended, node_size)
         one = StepTime(linear, layers * attended, messages, 0, 0)
         slowest = max(slowest, one, key=lambda t: t.total)
     m = engine.accumulation_steps
@@ -112,30 +91,6 @@ def step_time(config: Config, plan: ParallelPlan, *, peak: float, node_size: int
     share = max(parameters) // plan.tp // (plan.grad_world if engine.zero_stage else 1)
     step = OPTIMIZER_BYTES * share / MEMORY_BYTES + _averaging(config, plan, max(parameters) // plan.tp, node_size)
     return StepTime(m * slowest.linear, m * slowest.attention, m * slowest.messages, idle * slowest.total, step)
-
-
-@lru_cache(maxsize=256)
-def _attention(
-    ring: int,
-    ulysses: int,
-    work: Work,
-    layout: SequenceLayout,
-    strategies: tuple[str, ...],
-    chunks: int | None,
-    ring_in_one_node: bool,
-    ulysses_in_one_node: bool,
-) -> Estimate:
-    """`attention_estimate`, which does not depend on what else a plan says, remembered."""
-    return attention_estimate(
-        ring,
-        ulysses,
-        work,
-        layout,
-        strategies,
-        chunks,
-        ring_in_one_node=ring_in_one_node,
-        ulysses_in_one_node=ulysses_in_one_node,
-    )
 
 
 def _tensor_messages(config: Config, plan: ParallelPlan, tokens: int, layers: int, of_machine: bool) -> float:
@@ -147,7 +102,9 @@ def _tensor_messages(config: Config, plan: ParallelPlan, tokens: int, layers: in
     return layers * each * (6 if plan.shard_norms else 4)
 
 
-def _fetches(config: Config, plan: ParallelPlan, layers: int, passes: int, linear: float, attention: float) -> float:
+def _fetches(
+    config: Config, plan: ParallelPlan, layers: int, passes: int, linear: float, attention: float, node_size: int
+) -> float:
     """Seconds of one micro-batch in which compute waits for copies to the host and back, where activations are offloaded.
 
     Args:
@@ -155,7 +112,8 @@ def _fetches(config: Config, plan: ParallelPlan, layers: int, passes: int, linea
     """
     if not config.engine.activation_offload:
         return 0.0
-    moved = layer_activations(config.model, config.engine, plan, config.data.seq_len) / HOST_BYTES
+    kept = layer_activations(config.model, config.engine, plan, config.data.seq_len, node_size=node_size)
+    moved = kept / HOST_BYTES
     forward = linear * 2 / passes + attention * FORWARD_SHARE
     waits = layers * (max(0.0, moved - forward) + max(0.0, moved - (linear + attention - forward)))
     # A pipeline goes back through a micro-batch whose last layers have left.

@@ -241,7 +241,7 @@ def test_the_longest_sequence_fits_and_the_next_does_not():
     limit = USABLE * GPUS["h100"][0]
     config = load_config(EIGHT_B, [])
     for c in candidates(config, 8, peak=GPUS["h100"][1], node_size=8, tokens=1 << 19)[:3]:
-        most = longest(c, limit)
+        most = longest(c, limit, 8)
         for length, fits in ((most, True), (most + 1024, False)):
             assert (rank_memory(config.model, c.config.engine, c.plan, length).total <= limit) == fits
 

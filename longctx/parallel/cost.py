@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -34,6 +35,29 @@ KERNEL_FLOPS = {"hopper": (650e12, 580e12), "cudnn": (600e12, 540e12), "triton":
 
 # Five products instead of two.
 BACKWARD = 2.5
+
+# Groups of heads in which keys are gathered, at most: more hide more of the messages, and leave less work to each call of a kernel.
+GROUPS = 4
+
+# So many times slower may be what holds less for the backward pass. Keys that stay are a fifth of what a layer of a model of today
+# keeps (32/8 heads), half where there are as many key heads as query heads; to receive them twice costs a message, which from
+# 64k tokens a rank on is less than this.
+WORTH = 1.0025
+
+_Key = TypeVar("_Key")
+
+
+class Variant(NamedTuple):
+    """A scheme, and how it is used.
+
+    Args:
+        groups: of heads, in which keys are gathered; 1 where they are not.
+        holds: whether the keys that came last stay for the backward pass, which begins with them, or come again.
+    """
+
+    name: str
+    groups: int = 1
+    holds: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,10 +116,18 @@ def hop_shares(mask: AttentionMask, layout: SequenceLayout, world: int, seq_len:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one call, forward and backward together, and of these the seconds in which only messages move."""
+    """Seconds of one call, forward and backward together, and memory.
+
+    Args:
+        exposed: of the seconds, those in which only messages move.
+        held: what stays for the backward pass, as a share of a rank's keys and values.
+        moving: the keys of one message, likewise.
+    """
 
     total: float
     exposed: float
+    held: float = 0.0
+    moving: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,16 +147,30 @@ class Rates:
         return Rates(*(area / s for s in seconds)) if area else Rates(*known)
 
 
+def ranked(found: Mapping[_Key, Estimate]) -> list[_Key]:
+    """Keys of `found`, the one to take first; among equals in their order.
+
+    First come those that are at most `WORTH` times slower than the fastest, by what they hold, then the others, by time.
+    """
+    limit = WORTH * min(estimate.total for estimate in found.values())
+
+    def place(key: _Key) -> tuple[bool, float, float]:
+        estimate = found[key]
+        is_slow = estimate.total > limit
+        return is_slow, 0.0 if is_slow else estimate.held, estimate.total
+
+    return sorted(found, key=place)
+
+
 def estimates(
-    shape: Shape, hops: tuple[HopShares, ...], rates: Mapping[str, Rates], *, in_one_node: bool, groups: int
-) -> dict[str, Estimate]:
-    """Of every scheme that there are rates for, by name.
+    shape: Shape, hops: tuple[HopShares, ...], rates: Mapping[str, Rates], *, in_one_node: bool
+) -> dict[Variant, Estimate]:
+    """Of every variant of the schemes that there are rates for; of equals, what sends less comes first.
 
     Args:
         hops: `hop_shares`.
         rates: of the kernels that a scheme needs: for the blocks of its hops, or for the one block of gathered keys.
         in_one_node: whether all ranks of the ring are.
-        groups: of heads, for gather.
     """
     speed = NODE_BYTES if in_one_node else NETWORK_BYTES
     s = shape.local_len
@@ -132,17 +178,23 @@ def estimates(
     def message(keys: float, itemsize: int) -> float:
         return MESSAGE_S + keys * s * shape.key_elements * itemsize / speed if keys else 0.0
 
+    def by_hops(name: str, shares: Sequence[float], holds: bool) -> Estimate:
+        there = [message(x, shape.itemsize) for x in shares]
+        home = [message(x, shape.grad_itemsize) for x in shares]
+        return _by_hops(shape, [hop.area for hop in hops], rates[name], there, home, shares, holds)
+
     found = {}
-    for name, shares in (("relay", [1.0] * len(hops)), ("direct", [hop.keys for hop in hops])):
-        if name in rates:
-            there = [message(x, shape.itemsize) for x in shares]
-            home = [message(x, shape.grad_itemsize) for x in shares]
-            found[name] = _by_hops(shape, [hop.area for hop in hops], rates[name], there, home)
-    if "gather" in rates:
-        there_all, home_all = (
-            sum(message(hop.keys / groups, size) for hop in hops[1:]) for size in (shape.itemsize, shape.grad_itemsize)
-        )
-        found["gather"] = _at_once(shape, hops, rates["gather"], there_all, home_all, groups)
+    if "direct" in rates:
+        for holds in (True, False) if len(hops) > 1 else (True,):
+            found[Variant("direct", holds=holds)] = by_hops("direct", [hop.keys for hop in hops], holds)
+    for groups in range(GROUPS, 0, -1) if "gather" in rates else ():
+        if shape.num_kv_heads % groups == 0:
+            there, home = (
+                sum(message(hop.keys / groups, size) for hop in hops[1:]) for size in (shape.itemsize, shape.grad_itemsize)
+            )  # fmt: skip
+            found[Variant("gather", groups)] = _at_once(shape, hops, rates["gather"], there, home, groups)
+    if "relay" in rates:
+        found[Variant("relay", holds=True)] = by_hops("relay", [1.0] * len(hops), True)
     return found
 
 
@@ -176,9 +228,15 @@ def _products(shape: Shape) -> int:
 
 
 def _by_hops(
-    shape: Shape, areas: Sequence[float], rates: Rates, there: Sequence[float], home: Sequence[float]
+    shape: Shape,
+    areas: Sequence[float],
+    rates: Rates,
+    there: Sequence[float],
+    home: Sequence[float],
+    shares: Sequence[float],
+    holds: bool,
 ) -> Estimate:
-    """Of one kernel for each hop; `there`, `home`: seconds of each hop's keys and of their gradients."""
+    """Of one kernel for each hop; `there`, `home`: seconds of each hop's keys and of their gradients; `shares`: these keys."""
     forward_work = [_products(shape) * area / rates.forward for area in areas]
     backward_work = [BACKWARD * _products(shape) * area / rates.backward for area in areas]
     last = len(areas) - 1
@@ -186,10 +244,15 @@ def _by_hops(
     # While hop i is computed, the block of hop i - 1 comes and the gradients of hop i + 1 go.
     beside = [(there[i - 1] if i > 1 else 0.0) + (home[i + 1] if i < last else 0.0) for i in range(last + 1)]
     backward = sum(max(0.0, b - w) for b, w in zip(beside, backward_work, strict=True))
+    if last and not holds:
+        backward += there[last]
     # The carried state is written and read in fp32 at every hop; so is dq.
     state = 8 * shape.batch * shape.local_len * shape.num_heads * shape.head_dim / MEMORY_BYTES
     passes = 2 * last * (LAUNCH_S + state)
-    return Estimate(sum(forward_work) + sum(backward_work) + passes + forward + backward, forward + backward)
+    total = sum(forward_work) + sum(backward_work) + passes + forward + backward
+    return Estimate(
+        total, forward + backward, held=shares[last] if last and holds else 0.0, moving=max(shares[1:], default=0.0)
+    )
 
 
 def _at_once(shape: Shape, hops: Sequence[HopShares], rates: Rates, there: float, home: float, groups: int) -> Estimate:
@@ -202,4 +265,5 @@ def _at_once(shape: Shape, hops: Sequence[HopShares], rates: Rates, there: float
     keys = sum(hop.keys for hop in hops) * shape.local_len
     copies = keys * shape.key_elements * (4 * shape.itemsize + 8) / MEMORY_BYTES
     passes = 2 * (groups - 1) * LAUNCH_S + copies
-    return Estimate(groups * (forward_work + backward_work) + passes + exposed, exposed)
+    moving = sum(hop.keys for hop in hops) / groups if len(hops) > 1 else 0.0
+    return Estimate(groups * (forward_work + backward_work) + passes + exposed, exposed, moving=moving)

@@ -7,15 +7,24 @@ backward, on machines of that kind.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from longctx.errors import PlanError, Problem
 from longctx.layout import SequenceLayout, SequenceMeta
 from longctx.masks import AttentionMask
-from longctx.parallel.cost import KERNEL_FLOPS, Estimate, Rates, Shape, estimates, exchange_estimate, hop_shares
+from longctx.parallel.cost import (
+    KERNEL_FLOPS,
+    Estimate,
+    Rates,
+    Shape,
+    estimates,
+    exchange_estimate,
+    hop_shares,
+    ranked,
+)
 
-# Parts that a rank's heads, or a ring's gathered heads, are thought of as going in at most.
+# Parts that a rank's heads are thought of as being exchanged in at most.
 _PARTS = 8
 # Splits that the reason names, the fastest first.
 _NAMED = 4
@@ -236,7 +245,7 @@ def attention_estimate(
     ring_in_one_node: bool,
     ulysses_in_one_node: bool,
 ) -> Estimate:
-    """Of one split, with the best strategy of the ring and the best number of chunks."""
+    """Of one split, with the strategy that the ring would take and the best number of chunks."""
     meta = SequenceMeta.of(
         work.seq_len,
         mask=work.mask,
@@ -257,15 +266,8 @@ def attention_estimate(
         grad_itemsize=work.grad_itemsize,
     )
     rates = Rates(*KERNEL_FLOPS["hopper"])
-    of_ring = [
-        estimate
-        for groups in range(1, _PARTS + 1)
-        if shape.num_kv_heads % groups == 0
-        for estimate in estimates(
-            shape, hops, dict.fromkeys(strategies, rates), in_one_node=ring_in_one_node, groups=groups
-        ).values()
-    ]
-    best = min(of_ring, key=lambda e: e.total)
+    of_ring = estimates(shape, hops, dict.fromkeys(strategies, rates), in_one_node=ring_in_one_node)
+    best = of_ring[ranked(of_ring)[0]]
     if ulysses == 1:
         return best
     possible = possible_chunks(shape.num_heads, shape.num_kv_heads, ring=ring) if chunks is None else [chunks]
@@ -277,7 +279,7 @@ def attention_estimate(
         ),
         key=lambda e: e.total,
     )
-    return Estimate(best.total + exchange.total, best.exposed + exchange.exposed)
+    return replace(best, total=best.total + exchange.total, exposed=best.exposed + exchange.exposed)
 
 
 def _split(ring: int, ulysses: int) -> str:

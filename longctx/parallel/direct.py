@@ -1,7 +1,7 @@
 """Attention over a ring in which keys go straight to whom they serve, and their gradients straight home.
 
 At step i a rank sends to the rank i ahead only the keys that this one's queries see, as `moves` computes, and attends to
-what it got at step i - 1. Backward starts from the block that came last, which was kept, and goes through the steps the
+what it got at step i - 1. Backward starts from the block that came last, which was kept or comes again, and goes through the steps the
 other way; the gradients of a block are sent to its owner while the next block is computed, and summed there in fp32. Beside
 a relay that is half of the keys for half of the hops with zigzag, and far less with windows and packed documents.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from longctx.kernels import SoftmaxState, select_kernel, state_dtype
 from longctx.kernels.sinks import add_sinks
 from longctx.parallel.exchange import RingExchange, Trade
-from longctx.parallel.moves import Move, Span, unpack_moves
+from longctx.parallel.moves import NOT_HELD, Move, Span, unpack_moves
 from longctx.parallel.operator import attention_operators
 from longctx.parallel.ring import backward_kernel, begin_backward, cached_hops
 
@@ -39,7 +39,7 @@ def _forward(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse, and the K/V that came last: [2, b, size, hk, d], empty where there is one hop.
+    """out, lse, and the K/V that came last: [2, b, size, hk, d], empty where there is one hop or they are not held.
 
     Args:
         hops, rows, moves, size: `DirectPlan`; pieces, order: unused, empty.
@@ -49,12 +49,13 @@ def _forward(
     kernels = [None if kr.kind == "empty" else select_kernel(kernel, q, kr, softcap) for _, kr in todo]
     last = max((i for i, chosen in enumerate(kernels) if chosen is not None), default=0) if sinks is None else -1
     held = k.new_empty(_held_shape(k, hops, size))
+    into = None if size == NOT_HELD else held
     block = (k, v)
     state: SoftmaxState | None = None
     for i, (_, key_range) in enumerate(todo):
         flying = None
         if i + 1 < len(todo):
-            flying, coming = _fetch(ring, k, v, routes[i + 1], held if i + 2 == len(todo) else None, "forward", i + 1)
+            flying, coming = _fetch(ring, k, v, routes[i + 1], into if i + 2 == len(todo) else None, "forward", i + 1)
         chosen = kernels[i]
         if chosen is not None:
             state = chosen.forward(q, *block, key_range, scale=scale, softcap=softcap, state=state, final=i == last)
@@ -91,9 +92,13 @@ def _backward(
     """dq, dk, dv like q, k, v, contiguous; dsinks [h] of the local rows, empty without sinks."""
     todo, routes = cached_hops(hops, rows), unpack_moves(moves)
     kernels = [None if kr.kind == "empty" else backward_kernel(kernel, q, kr, softcap, dlse) for _, kr in todo]
+    last, flying, block, riding = len(todo) - 1, None, held, None
+    if last and size == NOT_HELD:
+        flying, block = _fetch(ring, k, v, routes[last], None, "backward", last)
     dout, delta, dq, dsinks = begin_backward(q, dout, dlse, out, lse, sinks)
     home = _Home(k)
-    block, riding = held, None
+    if flying is not None:
+        flying.wait()
 
     def attend(i: int, block: Pair | Tensor, grads: Pair | Tensor, fresh: bool) -> None:
         chosen = kernels[i]
@@ -103,7 +108,7 @@ def _backward(
             dq_acc=dq, dk_acc=grads[0], dv_acc=grads[1], fresh=fresh,
         )  # fmt: skip
 
-    for i in range(len(todo) - 1, 0, -1):
+    for i in range(last, 0, -1):
         flying = None
         if i > 1:
             flying, coming = _fetch(ring, k, v, routes[i - 1], None, "backward", i - 1)
@@ -127,7 +132,7 @@ def _backward(
 
 
 def _held_shape(k: Tensor, hops: Tensor, size: int) -> tuple[int, ...]:
-    return _block_shape(k, size) if hops.shape[0] > 1 else (0,)
+    return _block_shape(k, size) if hops.shape[0] > 1 and size != NOT_HELD else (0,)
 
 
 def _num_keys(moves: Sequence[Move]) -> list[int]:

@@ -77,13 +77,17 @@ def needed(lo: torch.Tensor, hi: torch.Tensor) -> Span:
     return Span(int(lo[sees].min()), int(hi[sees].max()))
 
 
+# In place of a number of keys: none are kept.
+NOT_HELD = -1
+
+
 class DirectPlan(NamedTuple):
     """What the operator of the direct exchange is told, as CPU tensors and numbers.
 
     Args:
         hops, rows: `pack_hops`, key ranges counted from the first key received.
         moves: int64 [hops, 5]: distance, send, receive.
-        held_len: keys received last, which are kept for the backward pass.
+        held_len: keys received last, which are kept for the backward pass; `NOT_HELD`: they come again.
     """
 
     hops: torch.Tensor
@@ -92,9 +96,14 @@ class DirectPlan(NamedTuple):
     held_len: int
 
 
-def direct_plan(schedule: RingSchedule) -> DirectPlan:
-    """The direct exchange of a rank; remembered."""
-    return _direct_plan(schedule, schedule.hops)
+def direct_plan(schedule: RingSchedule, holds: bool = True) -> DirectPlan:
+    """The direct exchange of a rank; remembered.
+
+    Args:
+        holds: whether the keys received last are kept for the backward pass. The same on all ranks.
+    """
+    plan = _direct_plan(schedule, schedule.hops)
+    return plan if holds else plan._replace(held_len=NOT_HELD)
 
 
 @lru_cache(maxsize=CACHED_SCHEDULES)
@@ -122,17 +131,25 @@ def unpack_moves(table: torch.Tensor) -> list[Move]:
 
 
 def direct_comm_bytes(
-    schedule: RingSchedule, *, batch: int, num_kv_heads: int, head_dim: int, itemsize: int, grad_itemsize: int = 4
+    schedule: RingSchedule,
+    *,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    grad_itemsize: int = 4,
+    holds: bool = True,
 ) -> CommBytes:
     """What this rank sends when keys go straight to whom they serve; ranks may differ.
 
-    Forward: of the own K and V, what each other rank needs. Backward: the same but for the last hop, whose block its
-    receiver kept; and the gradients of every block that was received, straight home.
+    Forward: of the own K and V, what each other rank needs. Backward: the same, but where `holds` for the last hop, whose block
+    its receiver kept; and the gradients of every block that was received, straight home.
     """
     key = 2 * batch * num_kv_heads * head_dim
     moves = build_moves(schedule)[1:]
     sent, received = [m.send.size for m in moves], [m.receive.size for m in moves]
-    return CommBytes(sum(sent) * key * itemsize, sum(sent[:-1]) * key * itemsize + sum(received) * key * grad_itemsize)
+    again = sent[:-1] if holds else sent
+    return CommBytes(sum(sent) * key * itemsize, sum(again) * key * itemsize + sum(received) * key * grad_itemsize)
 
 
 def gather_comm_bytes(

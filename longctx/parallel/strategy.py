@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longctx.errors import KernelError, PlanError, did_you_mean
 from longctx.kernels import Direction, select_kernel
-from longctx.parallel.cost import Estimate, Rates, Shape, estimates, hop_shares
+from longctx.parallel.cost import GROUPS, Estimate, Rates, Shape, Variant, estimates, hop_shares, ranked
 from longctx.parallel.direct import DIRECT_ATTENTION
 from longctx.parallel.gather import GATHER_ATTENTION
 from longctx.parallel.moves import direct_comm_bytes, direct_plan, gather_comm_bytes, gather_plan
@@ -110,20 +110,29 @@ class RelayStrategy(ContextStrategy):
         return comm_bytes(schedule, **shape)
 
 
+@dataclass(frozen=True)
 class DirectStrategy(ContextStrategy):
     """At each hop the keys that a rank needs come straight from their owner, and their gradients go straight home.
 
-    Never sends more than the relay, and less wherever a rank does not see all keys of another.
+    Never sends more forward than the relay, and less wherever a rank does not see all keys of another.
+
+    Args:
+        holds: whether the keys that come last, up to as many as a rank has, stay in every layer for the backward pass, which
+            begins with them. Else they come again: one message a layer that nothing hides.
     """
 
+    holds: bool = True
     name = "direct"
 
+    def __str__(self) -> str:
+        return self.name if self.holds else f"{self.name}, holding no keys"
+
     def plan(self, schedule, num_kv_heads):
-        hops, rows, moves, held_len = direct_plan(schedule)
+        hops, rows, moves, held_len = direct_plan(schedule, self.holds)
         return RingPlan(hops, rows, moves, _NONE, _NONE, held_len)
 
     def comm_bytes(self, schedule, **shape):
-        return direct_comm_bytes(schedule, **shape)
+        return direct_comm_bytes(schedule, holds=self.holds, **shape)
 
 
 @dataclass(frozen=True)
@@ -131,8 +140,8 @@ class GatherStrategy(ContextStrategy):
     """A rank gathers all keys that it needs, a group of heads at a time, and attends to them in one go.
 
     Args:
-        groups: of heads. None: the most up to `GROUPS` that divide the key heads. The first group's message is not hidden
-            behind anything, and two groups of gathered keys bound the memory.
+        groups: of heads. None: the most up to `longctx.parallel.cost.GROUPS` that divide the key heads. The first group's
+            message is not hidden behind anything, and two groups of gathered keys bound the memory.
     """
 
     groups: int | None = None
@@ -164,9 +173,6 @@ class GatherStrategy(ContextStrategy):
         return self.groups
 
 
-# More hide more of the messages, and leave less work to each call of the kernel.
-GROUPS = 4
-
 _DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
 
 _STRATEGIES: dict[str, ContextStrategy] = {s.name: s for s in (RelayStrategy(), DirectStrategy(), GatherStrategy())}
@@ -188,22 +194,31 @@ def get_strategy(name: str) -> ContextStrategy:
     return _STRATEGIES[name]
 
 
+def _of_variant(variant: Variant) -> ContextStrategy:
+    if variant.name == "gather":
+        return GatherStrategy(variant.groups)
+    return DirectStrategy(variant.holds) if variant.name == "direct" else _STRATEGIES[variant.name]
+
+
 @lru_cache(maxsize=64)
 def choose_strategy(
     schedule: RingSchedule,
     shape: Shape,
     *,
+    names: tuple[str, ...] = tuple(_STRATEGIES),
     device: torch.device,
     dtype: torch.dtype,
     kernel: str = "auto",
     softcap: float = 0.0,
     in_one_node: bool,
 ) -> tuple[ContextStrategy, str]:
-    """The scheme that `estimates` finds fastest for such a call, and why, as a line for a log; remembered.
+    """The scheme that `estimates` finds best for such a call, and why, as a line for a log; remembered.
 
-    The same on every rank of the ring: it looks at all ranks' rows, and for the kernels at those of the first rank.
+    That is the fastest, or one that holds less for the backward pass and is hardly slower (`longctx.parallel.cost.WORTH`). The
+    same on every rank of the ring: it looks at all ranks' rows, and for the kernels at those of the first rank.
 
     Args:
+        names: of the schemes to choose from.
         device, dtype: of q, k and v.
         kernel, softcap: as `longctx.functional.attention`.
 
@@ -215,25 +230,31 @@ def choose_strategy(
     first = RingSchedule.build(schedule.mask, schedule.layout, 0, schedule.world, schedule.seq_len)
     rates: dict[str, Rates] = {}
     refused: list[KernelError] = []
-    for names, plan in ((("direct", "relay"), direct_plan(first)), (("gather",), gather_plan(first))):
+    for alike, plan_of in ((("direct", "relay"), direct_plan), (("gather",), gather_plan)):
+        asked = [name for name in alike if name in names]
+        if not asked:
+            continue
+        plan = plan_of(first)
         try:
-            rates |= dict.fromkeys(names, kernel_rates(first, plan.hops, plan.rows, q, kernel, softcap))
+            rates |= dict.fromkeys(asked, kernel_rates(first, plan.hops, plan.rows, q, kernel, softcap))
         except KernelError as error:
             refused.append(error)
     if not rates:
         raise refused[0]
-    found: dict[ContextStrategy, Estimate] = {}
-    for groups in range(GROUPS, 0, -1):
-        if shape.num_kv_heads % groups == 0:
-            of_names = estimates(shape, hops, rates, in_one_node=in_one_node, groups=groups)
-            found |= {GatherStrategy(groups) if n == "gather" else _STRATEGIES[n]: e for n, e in of_names.items()}
-    # Among equals what sends less and holds less.
-    ranked = sorted(found, key=lambda s: (found[s].total, ("direct", "gather", "relay").index(s.name)))
-    told = ", ".join(f"{s} {1e3 * found[s].total:.2f} ms ({1e3 * found[s].exposed:.2f} of it waiting)" for s in ranked)
+    found: dict[ContextStrategy, Estimate] = {
+        _of_variant(variant): estimate
+        for variant, estimate in estimates(shape, hops, rates, in_one_node=in_one_node).items()
+    }
+    order = ranked(found)
+    told = "; ".join(f"{s}: {1e3 * found[s].total:.2f} ms ({1e3 * found[s].exposed:.2f} of it waiting)" for s in order)
     where = "one node" if in_one_node else "several nodes"
-    return ranked[0], (
-        f"{ranked[0]} for {shape.local_len:_} tokens a rank, {shape.num_heads}/{shape.num_kv_heads} heads of "
-        f"{shape.head_dim}, {len(hops)} of {schedule.world} hops, {where}; estimated: {told}"
+    spared = max(estimate.held for estimate in found.values()) - found[order[0]].held
+    saves = spared * shape.local_len * shape.key_elements * shape.itemsize / 1e6
+    return order[0], (
+        f"{order[0]} for {shape.local_len:_} tokens a rank, {shape.num_heads}/{shape.num_kv_heads} heads of "
+        f"{shape.head_dim}, {len(hops)} of {schedule.world} hops, {where}"
+        + f", {saves:.0f} MB a layer less than with the last keys held" * (saves >= 1)
+        + f"; estimated: {told}"
     )
 
 
@@ -271,7 +292,8 @@ def resolve_strategy(
     softcap: float = 0.0,
     in_one_node: bool,
 ) -> ContextStrategy:
-    """The strategy itself, or the one of that name; with "auto" the one of `choose_strategy`, logged once for every kind of call.
+    """The strategy itself, or the one of that name; with "auto" and "direct", which leave a choice, the one of `choose_strategy`,
+    logged once for every kind of call.
 
     Raises:
         PlanError: unknown name.
@@ -282,10 +304,17 @@ def resolve_strategy(
         return _STRATEGIES["relay"]
     if isinstance(strategy, ContextStrategy):
         return strategy
-    if strategy != "auto":
+    if strategy not in ("auto", "direct"):
         return get_strategy(strategy)
     chosen, why = choose_strategy(
-        schedule, shape, device=q.device, dtype=q.dtype, kernel=kernel, softcap=softcap, in_one_node=in_one_node
+        schedule,
+        shape,
+        names=tuple(_STRATEGIES) if strategy == "auto" else (strategy,),
+        device=q.device,
+        dtype=q.dtype,
+        kernel=kernel,
+        softcap=softcap,
+        in_one_node=in_one_node,
     )
     log_choice("strategy", chosen, schedule, shape, why)
     return chosen

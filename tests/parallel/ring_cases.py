@@ -17,7 +17,7 @@ from longctx.masks import AttentionMask, Causal, Documents, Full, PrefixLM, Slid
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
 from longctx.parallel.schedule import CommBytes, RingSchedule, ulysses_comm_bytes
-from longctx.parallel.strategy import get_strategy
+from longctx.parallel.strategy import ContextStrategy, get_strategy
 
 # A multiple of what every layout asks for at 3 and at 4 ranks.
 SEQ_LEN = 96
@@ -83,7 +83,7 @@ class Case:
     kernel: str = "reference"
     # Whether the loss depends on lse too.
     lse_gradient: bool = True
-    strategy: str | None = "relay"
+    strategy: str | ContextStrategy | None = "relay"
 
     def __str__(self) -> str:
         parts = [self.mask, self.layout, str(self.dtype).removeprefix("torch."), self.heads, self.kernel]
@@ -232,7 +232,8 @@ def _sent(mesh: ParallelMesh) -> int:
 
 def _predicted(mesh: ParallelMesh, case: Case, schedule: RingSchedule, local_len: int) -> CommBytes:
     (h, hk), ulysses, lse = HEADS[case.heads], mesh.ulysses.size, state_dtype(case.dtype)
-    ring = get_strategy(case.strategy or "relay").comm_bytes(
+    chosen = case.strategy or "relay"
+    ring = (get_strategy(chosen) if isinstance(chosen, str) else chosen).comm_bytes(
         schedule,
         batch=BATCH,
         num_kv_heads=max(hk, ulysses) // ulysses,

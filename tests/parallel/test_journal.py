@@ -21,7 +21,7 @@ from longctx.parallel.loss import LMHead
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
-from longctx.parallel.strategy import GatherStrategy, strategy_names
+from longctx.parallel.strategy import DirectStrategy, GatherStrategy, strategy_names
 from longctx.parallel.tensor import TensorParallel
 from longctx.testing import run_distributed, run_virtual_ring
 
@@ -73,6 +73,14 @@ MESSAGES = {
     "direct": [
         "layer 7, forward, K/V for hop 1 (to rank 2, from rank 0)",
         "layer 7, forward, K/V for hop 2 (to rank 0, from rank 2)",
+        "layer 7, backward, K/V for hop 1 (to rank 2, from rank 0)",
+        "layer 7, backward, dK/dV of hop 2 (to rank 2, from rank 0)",
+        "layer 7, backward, dK/dV of hop 1 (to rank 0, from rank 2)",
+    ],
+    DirectStrategy(holds=False): [
+        "layer 7, forward, K/V for hop 1 (to rank 2, from rank 0)",
+        "layer 7, forward, K/V for hop 2 (to rank 0, from rank 2)",
+        "layer 7, backward, K/V for hop 2 (to rank 0, from rank 2)",
         "layer 7, backward, K/V for hop 1 (to rank 2, from rank 0)",
         "layer 7, backward, dK/dV of hop 2 (to rank 2, from rank 0)",
         "layer 7, backward, dK/dV of hop 1 (to rank 0, from rank 2)",

@@ -18,7 +18,7 @@ from longctx.masks import Causal, Documents
 from longctx.parallel import ring
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
 from longctx.parallel.schedule import RingSchedule
-from longctx.parallel.strategy import KEPT_OPERATORS
+from longctx.parallel.strategy import KEPT_OPERATORS, DirectStrategy
 from longctx.testing import run_virtual_ring
 
 SCALE = 0.3
@@ -111,7 +111,9 @@ def test_compiled_model_code_around_attention_agrees(backend):
 
 
 # Calls of the kernel on one rank: a hop each, or a group of heads each.
-@pytest.mark.parametrize(("strategy", "blocks"), [("relay", 3), ("direct", 3), ("gather", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "blocks"), [("relay", 3), ("direct", 3), (DirectStrategy(holds=False), 3), ("gather", 2)], ids=str
+)
 def test_checkpointing_that_keeps_the_operator_never_computes_it_again(strategy, blocks, monkeypatch):
     calls = []
     forward = ReferenceAttention.forward

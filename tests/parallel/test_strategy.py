@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from dataclasses import replace
 
 import pytest
@@ -14,25 +13,26 @@ from hypothesis import strategies as st
 from ring_cases import BATCH, LAYOUTS, MASKS, SEQ_LEN, Case, Report, run_case
 
 from longctx import functional
-from longctx.attention import ParallelAttention
-from longctx.errors import DistributedError, KernelError, PlanError
-from longctx.kernels import block_kind
+from longctx.errors import DistributedError, KernelError
 from longctx.layout import SequenceMeta, ZigZag
-from longctx.masks import Causal, Documents, Full, SlidingWindow
-from longctx.parallel import direct, gather, moves, strategy
-from longctx.parallel.cost import Rates, Shape, estimates, hop_shares
+from longctx.masks import Causal, SlidingWindow
+from longctx.parallel import direct, gather, moves
 from longctx.parallel.exchange import RingExchange, Trade
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.moves import Span, build_moves
-from longctx.parallel.plan import STRATEGIES, TRANSPORTS, ParallelPlan
+from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.schedule import RingSchedule
-from longctx.parallel.strategy import GatherStrategy, choose_strategy, get_strategy, strategy_names
+from longctx.parallel.strategy import DirectStrategy, get_strategy, strategy_names
 from longctx.testing import run_distributed, run_virtual_ring
 
-NEW = ("direct", "gather")
+NEW = ("direct", DirectStrategy(holds=False), "gather")
 
 
-def cases_of(name: str) -> dict[str, Case]:
+def each(function):
+    return pytest.mark.parametrize("name", NEW, ids=str)(function)
+
+
+def cases_of(name: str | DirectStrategy) -> dict[str, Case]:
     """Every mask with every layout exactly; single precision and bf16; the groupings of heads."""
     cases = [Case(mask, layout) for mask, layout in itertools.product(MASKS, LAYOUTS)]
     cases += [Case(mask, "zigzag", torch.float32, lse_gradient=False) for mask in ("causal", "docs", "window_causal")]
@@ -61,7 +61,7 @@ def problems(found: list[dict[str, Report]]) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", NEW)
+@each
 def test_three_processes(name):
     cases = cases_of(name)
     found = run_distributed(worker, ParallelPlan(ring=3), cases, world=3)
@@ -69,7 +69,7 @@ def test_three_processes(name):
     assert len(found[0]) == len(cases) > len(MASKS) * len(LAYOUTS)
 
 
-@pytest.mark.parametrize("name", NEW)
+@each
 def test_inside_exchanged_heads(name):
     """The hybrid is composition: Ulysses around any strategy."""
     cases = {
@@ -83,7 +83,7 @@ def test_inside_exchanged_heads(name):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 6])
-@pytest.mark.parametrize("name", NEW)
+@each
 def test_virtual_rings(name, world):
     for mask, layout in itertools.product(("causal", "full", "own_docs", "docs_causal_window"), ("zigzag", "striped1")):
         assert (
@@ -101,7 +101,7 @@ def test_any_mask_on_any_ring(data, world, layout, name):
     assert problems([{"": r} for r in run_virtual_ring(run_case, case, mask, world=world)]) == {}
 
 
-@pytest.mark.parametrize("name", NEW)
+@each
 def test_gradients_may_travel_in_half_precision(name):
     case = Case("causal", "zigzag", torch.float32, strategy=name)
     full = run_virtual_ring(run_case, case, world=3)
@@ -144,7 +144,7 @@ def test_receive_buffers_are_made_once():
 # ---- broken twins: mistakes that the checks above must see
 
 
-def _is_caught(name: str, layout: str = "zigzag", world: int = 3) -> bool:
+def _is_caught(name: str | DirectStrategy, layout: str = "zigzag", world: int = 3) -> bool:
     case = Case("causal", layout, seq_len=SEQ_LEN // 3 * world, strategy=name)
     return any(r.wrong for r in run_virtual_ring(run_case, case, world=world))
 
@@ -177,7 +177,7 @@ def _read_before_arrival(trade, self, send, receive, shift, **rest):
     return Trade((), lambda: None, lambda error: AssertionError())
 
 
-@pytest.mark.parametrize("name", NEW)
+@each
 @pytest.mark.parametrize("twin", [_gradients_stay_away, _last_received_twice, _read_before_arrival])
 def test_broken_messages_are_caught(monkeypatch, twin, name):
     assert not _is_caught(name)
@@ -186,19 +186,19 @@ def test_broken_messages_are_caught(monkeypatch, twin, name):
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "striped1"])
-@pytest.mark.parametrize("name", NEW)
+@each
 def test_one_buffer_instead_of_two_is_caught(monkeypatch, name, layout):
     def only_one(self, purpose, shape, dtype, device):
         return self._reserved((purpose, 0), shape, dtype, device)
 
-    # The direct exchange needs the second from the fourth hop on: the last one's block lies elsewhere.
-    world = 5 if name == "direct" else 3
+    # The direct exchange needs the second from the fourth hop on where the last one's block lies elsewhere.
+    world = 3 if name == "gather" else 5
     assert not _is_caught(name, layout, world)
     monkeypatch.setattr(RingExchange, "buffer", only_one)
     assert _is_caught(name, layout, world)
 
 
-@pytest.mark.parametrize("name", NEW)
+@each
 def test_a_key_too_few_is_caught(monkeypatch, name):
     right = moves.needed
 
@@ -251,6 +251,17 @@ def test_zigzag_sends_half_on_half_of_the_hops(world):
     assert sent["direct"] == sent["gather"] == sent["relay"] * 3 // 4
 
 
+def test_what_is_not_held_comes_again():
+    """Rank 1 needs half of rank 0's keys, rank 0 all of rank 1's; what they need they send home in fp32."""
+    shape = {"batch": 1, "num_kv_heads": 1, "head_dim": 1, "itemsize": 2}
+    ranks = schedules(Causal(), ZigZag(), 2)
+    held, again = (
+        [DirectStrategy(holds).comm_bytes(s, **shape).backward for s in ranks] for holds in (True, False)
+    )  # fmt: skip
+    assert held == [2 * 48 * 4, 2 * 24 * 4]
+    assert again == [held[0] + 2 * 24 * 2, held[1] + 2 * 48 * 2]
+
+
 def test_a_window_sends_a_halo():
     mask, shape = SlidingWindow(9) & Causal(), {"batch": 1, "num_kv_heads": 1, "head_dim": 1, "itemsize": 1}
     ranks = schedules(mask, LAYOUTS["contiguous"], 4)
@@ -258,109 +269,10 @@ def test_a_window_sends_a_halo():
     assert [get_strategy("direct").comm_bytes(s, **shape).forward for s in ranks] == [16, 16, 16, 0]
 
 
-# ---- the choice
-
-
-SHAPE = Shape(batch=1, local_len=32768, num_heads=32, num_kv_heads=8, head_dim=128, itemsize=2)
-ON_CPU = {"device": torch.device("cpu"), "dtype": torch.float32, "kernel": "reference"}
-
-
-@pytest.mark.parametrize("mask", [Causal(), Full(), Documents((0, 100, 4096, 32768)), SlidingWindow(64) & Causal()])
-@pytest.mark.parametrize("in_one_node", [True, False])
-def test_every_rank_chooses_alike_and_says_why(mask, in_one_node):
-    found = {choose_strategy(s, SHAPE, **ON_CPU, in_one_node=in_one_node) for s in schedules(mask, ZigZag(), 4, 32768)}
-    ((chosen, why),) = found
-    assert why.startswith(f"{chosen} for 32_768 tokens a rank, 32/8 heads of 128")
-    assert all(name in why for name in strategy_names())
-    assert ("one node" in why) == in_one_node
-
-
-def test_the_relay_is_never_better_where_it_sends_more():
-    s = schedules(Causal(), ZigZag(), 4, 32768)[0]
-    for length, in_one_node in itertools.product((256, 4096, 65536), (True, False)):
-        chosen, _ = choose_strategy(s, replace(SHAPE, local_len=length), **ON_CPU, in_one_node=in_one_node)
-        assert chosen.name != "relay"
-
-
-def test_a_scheme_whose_blocks_no_kernel_can_do_is_not_chosen(monkeypatch):
-    """cuDNN knows causal blocks and rectangles, which the hops of zigzag are, but not the intervals of gathered keys."""
-
-    class Blocks:
-        name = "cudnn"
-
-    def select(name, q, key_range, softcap, direction):
-        if block_kind(key_range) not in ("full", "causal", "rectangle"):
-            raise KernelError("no")
-        return Blocks()
-
-    s = schedules(Causal(), ZigZag(), 2, 32768)[1]
-    choose_strategy.cache_clear()
-    monkeypatch.setattr(strategy, "select_kernel", select)
-    try:
-        chosen, why = choose_strategy(s, SHAPE, **ON_CPU, in_one_node=True)
-        assert chosen.name == "direct"
-        assert "gather" not in why
-        monkeypatch.setattr(strategy, "select_kernel", lambda *_: (_ for _ in ()).throw(KernelError("none")))
-        choose_strategy.cache_clear()
-        with pytest.raises(KernelError, match="none"):
-            choose_strategy(s, SHAPE, **ON_CPU, in_one_node=True)
-    finally:
-        choose_strategy.cache_clear()
-
-
-def test_slow_links_favour_what_hides_messages_and_small_work_what_has_few_kernels():
-    rates = dict.fromkeys(strategy_names(), Rates(600e12, 500e12))
-    hops = hop_shares(Causal(), ZigZag(), 8, 1 << 16)
-    fast, slow = (estimates(SHAPE, hops, rates, in_one_node=x, groups=2) for x in (True, False))
-    assert fast["gather"].exposed > fast["direct"].exposed
-    assert all(slow[name].exposed >= fast[name].exposed for name in rates)
-    tiny = estimates(replace(SHAPE, local_len=64), hops, rates, in_one_node=True, groups=1)
-    assert tiny["gather"].total < tiny["direct"].total <= tiny["relay"].total
-
-
-def test_the_choice_is_logged_once(caplog):
-    strategy._spoken.cache_clear()
-    s = schedules(Causal(), ZigZag(), 4)[0]
-    with caplog.at_level(logging.INFO, logger=strategy.__name__):
-        for _ in range(3):
-            strategy.resolve_strategy("auto", s, SHAPE, torch.zeros(1), in_one_node=True)
-        strategy.resolve_strategy("direct", s, SHAPE, torch.zeros(1), in_one_node=True)
-    assert len([r for r in caplog.records if r.getMessage().startswith("strategy ")]) == 1
-
-
-def test_auto_is_what_a_plan_says_by_default_and_agrees_with_the_dense_result():
-    def attend(mesh):
-        assert mesh.plan.strategy == "auto"
-        report = run_case(mesh, replace(Case("docs_causal", "zigzag"), strategy=None))
-        return report.wrong, report.sent.forward > 0
-
-    assert run_virtual_ring(attend, world=3) == [([], True)] * 3
-
-
-def test_unknown_names_are_refused():
-    assert ("auto", *strategy_names()) == STRATEGIES
-    with pytest.raises(PlanError, match="did you mean 'relay'"):
-        get_strategy("rely")
-    with pytest.raises(PlanError, match="did you mean 'gather'"):
-        ParallelAttention(strategy="gathr")
-    said = str(ParallelPlan(strategy="dirct", transport="copyengine").problems())
-    assert "did you mean 'direct'" in said
-    assert "did you mean 'copy_engine'" in said
-    assert set(TRANSPORTS) == {"auto", "nccl", "copy_engine"}
-
-
-def test_groups_of_heads():
-    assert [GatherStrategy().groups_of(n, 2) for n in (1, 2, 3, 6, 8)] == [1, 2, 3, 3, 4]
-    assert GatherStrategy().groups_of(8, 1) == 1
-    assert GatherStrategy(groups=8).groups_of(8, 2) == 8
-    with pytest.raises(PlanError, match="1, 2, 4, 8"):
-        GatherStrategy(groups=3).groups_of(8, 2)
-
-
 # ---- as operators
 
 
-@pytest.mark.parametrize("operators", [direct.DIRECT_ATTENTION, gather.GATHER_ATTENTION], ids=NEW)
+@pytest.mark.parametrize("operators", [direct.DIRECT_ATTENTION, gather.GATHER_ATTENTION], ids=["direct", "gather"])
 def test_operators_are_well_registered(operators):
     q, k, v = (torch.randn(2, SEQ_LEN, h, 4) for h in (4, 2, 2))
     schedule = RingSchedule.build(MASKS["own_docs"], LAYOUTS["contiguous"], 0, 1, SEQ_LEN)
@@ -378,12 +290,13 @@ def test_operators_are_well_registered(operators):
         torch.library.opcheck(operators.backward, args)
 
 
-def test_what_the_fakes_say_of_a_ring_is_true():
+@pytest.mark.parametrize("holds", [True, False])
+def test_what_the_fakes_say_of_a_ring_is_true(holds):
     def attend(mesh):
         s = SEQ_LEN // mesh.ring.size
         real = [torch.randn(2, s, h, 4, dtype=torch.bfloat16) for h in (4, 2, 2)]
         schedule = RingSchedule.build(Causal(), ZigZag(), mesh.ring.rank, mesh.ring.size, SEQ_LEN)
-        hops, rows, table, size = moves.direct_plan(schedule)
+        hops, rows, table, size = moves.direct_plan(schedule, holds)
         plan = (hops, rows, table, table[:0, 0], table[:0, 0])
         rest = (size, "reference", 0.3, mesh.exchange.handle)
         results = direct.DIRECT_ATTENTION.forward(*real, *plan, *rest)
@@ -442,7 +355,10 @@ def test_strategies_of_gpus(transport):
             strategy=name,
         )
         for mask, layout, name, seq_len in itertools.product(
-            ("causal", "window_causal", "prefix"), ("zigzag", "striped4"), strategy_names(), (512, 2048)
+            ("causal", "window_causal", "prefix"),
+            ("zigzag", "striped4"),
+            (*strategy_names(), DirectStrategy(holds=False)),
+            (512, 2048),
         )
     }
     found = run_distributed(gpu_worker, transport, cases, world=2, backend="nccl", timeout_s=300)
