@@ -18,6 +18,7 @@ from longctx.layout import SequenceMeta, get_layout
 from longctx.parallel.journal import Journal
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
+from longctx.parallel.strategy import ContextStrategy, DirectStrategy
 from longctx.parallel.transport import NcclSettings
 from longctx.peers import Case, Unavailable
 
@@ -112,7 +113,7 @@ class _Ours(RingContender):
     """What the library does over a mesh of its own."""
 
     is_ours = True
-    strategy: str | None = None
+    strategy: str | ContextStrategy | None = None
 
     @abstractmethod
     def plan(self, ranks: Ranks) -> ParallelPlan:
@@ -151,12 +152,16 @@ class OurStrategy(_Ours):
     """A strategy of the library over a transport.
 
     Args:
-        nccl: how NCCL shares the GPU; `note` names it, as part of the contender's name.
+        nccl: how NCCL shares the GPU; None: as it is set.
+        note: what is special about it, as part of the contender's name.
     """
 
-    def __init__(self, strategy: str, transport: str, nccl: NcclSettings | None = None, note: str = "") -> None:
-        self.name = f"{strategy}-{transport}" + f"-{note}" * bool(note)
-        self.title = f"ours: {strategy}, {transport}" + f" ({note})" * bool(note)
+    def __init__(
+        self, strategy: str | ContextStrategy, transport: str, nccl: NcclSettings | None = None, note: str = ""
+    ) -> None:
+        name = strategy if isinstance(strategy, str) else strategy.name
+        self.name = f"{name}-{transport}" + f"-{note}" * bool(note)
+        self.title = f"ours: {name}, {transport}" + f" ({note})" * bool(note)
         self.strategy = strategy
         self._transport, self._nccl = transport, nccl
 
@@ -341,8 +346,12 @@ def _backend(device: torch.device) -> SDPBackend:
     return SDPBackend.CUDNN_ATTENTION if device.type == "cuda" else SDPBackend.MATH
 
 
+# The direct exchange by whether the last keys are held for the backward pass: its own choice, in one of two ways.
+DIRECT_VARIANTS = ((True, "held"), (False, "again"))
+
+
 def ring_contenders(transports: Sequence[str], sms: Sequence[int] = ()) -> list[RingContender]:
-    """Peers first, then ours: every strategy over every transport, what "auto" takes, and Ulysses.
+    """Peers first, then ours: every strategy and variant over every transport, what "auto" takes, and Ulysses.
 
     Args:
         sms: also the direct exchange over NCCL that takes at most so many SMs, each, and one without priority.
@@ -356,6 +365,7 @@ def ring_contenders(transports: Sequence[str], sms: Sequence[int] = ()) -> list[
         PlainUlysses(),
         *(OurUlysses(chunks) for chunks in (None, 1, 2, 4)),
         *(OurStrategy(s, t) for t in transports for s in ("relay", "direct", "gather")),
+        *(OurStrategy(DirectStrategy(holds), t, note=n) for t in transports for holds, n in DIRECT_VARIANTS),
         *held,
         OurStrategy("auto", "auto"),
     ]

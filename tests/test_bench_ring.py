@@ -135,7 +135,7 @@ def test_rows_and_sms_are_chosen_by_name():
     (chosen,) = bench_ring._entrants(args)
     assert chosen.title == "ours: direct, nccl (4sms)"
     names = [c.name for c in ring_contenders(["nccl"], [4, 16])]
-    assert {"direct-nccl-4sms", "direct-nccl-16sms", "direct-nccl-no-priority"} <= set(names)
+    assert {"direct-nccl-4sms", "direct-nccl-16sms", "direct-nccl-no-priority", "direct-nccl-again"} <= set(names)
     assert len(set(names)) == len(names)
 
 
