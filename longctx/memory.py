@@ -120,7 +120,8 @@ class _Rank:
         if chunk is not None:
             # The sums of the weights' gradients.
             swiglu += 4 * 3 * self.model.hidden_size * self.features
-        attention = size * (4 * q + 4 * kv + 2 * self.model.hidden_size) + 4 * (q + 2 * kv)
+        # Gradients in fp32 are of a group of heads at a time.
+        attention = size * (4 * q + 4 * kv + 2 * self.model.hidden_size) + 4 * (q + 2 * kv) // self.attention.groups
         found = max(swiglu, self.tokens * attention)
         if with_loss:
             # One chunk of logits, the gradient of the hidden state, and that of the projection in fp32.

@@ -38,10 +38,12 @@ BACKWARD = 2.5
 
 # Groups of heads in which keys are gathered, at most: more hide more of the messages, and leave less work to each call of a kernel.
 GROUPS = 4
+# Groups of heads of the direct exchange: more need less memory for messages and gradients, and more calls of kernels.
+DIRECT_GROUPS = (1, 2, 4, 8)
 
-# So many times slower may be what holds less for the backward pass. Keys that stay are a fifth of what a layer of a model of today
-# keeps (32/8 heads), half where there are as many key heads as query heads; to receive them twice costs a message, which from
-# 64k tokens a rank on is less than this.
+# So many times slower may be what needs less memory. Keys that stay for the backward pass are a fifth of what a layer of a model
+# of today keeps (32/8 heads), half where there are as many key heads as query heads; to receive them twice costs a message, which
+# from 64k tokens a rank on is less than this.
 WORTH = 1.0025
 
 _Key = TypeVar("_Key")
@@ -51,7 +53,7 @@ class Variant(NamedTuple):
     """A scheme, and how it is used.
 
     Args:
-        groups: of heads, in which keys are gathered; 1 where they are not.
+        groups: of heads, one after the other.
         holds: whether the keys that came last stay for the backward pass, which begins with them, or come again.
     """
 
@@ -122,12 +124,14 @@ class Estimate:
         exposed: of the seconds, those in which only messages move.
         held: what stays for the backward pass, as a share of a rank's keys and values.
         moving: the keys of one message, likewise.
+        groups: of heads, one after the other.
     """
 
     total: float
     exposed: float
     held: float = 0.0
     moving: float = 0.0
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -150,14 +154,14 @@ class Rates:
 def ranked(found: Mapping[_Key, Estimate]) -> list[_Key]:
     """Keys of `found`, the one to take first; among equals in their order.
 
-    First come those that are at most `WORTH` times slower than the fastest, by what they hold, then the others, by time.
+    First come those that are at most `WORTH` times slower than the fastest, by what every layer holds, then by what is under way;
+    then the others, by time.
     """
     limit = WORTH * min(estimate.total for estimate in found.values())
 
-    def place(key: _Key) -> tuple[bool, float, float]:
-        estimate = found[key]
-        is_slow = estimate.total > limit
-        return is_slow, 0.0 if is_slow else estimate.held, estimate.total
+    def place(key: _Key) -> tuple[float, ...]:
+        e = found[key]
+        return (1.0, e.total) if e.total > limit else (0.0, e.held, e.moving, e.total)
 
     return sorted(found, key=place)
 
@@ -178,15 +182,18 @@ def estimates(
     def message(keys: float, itemsize: int) -> float:
         return MESSAGE_S + keys * s * shape.key_elements * itemsize / speed if keys else 0.0
 
-    def by_hops(name: str, shares: Sequence[float], holds: bool) -> Estimate:
-        there = [message(x, shape.itemsize) for x in shares]
-        home = [message(x, shape.grad_itemsize) for x in shares]
-        return _by_hops(shape, [hop.area for hop in hops], rates[name], there, home, shares, holds)
+    def by_hops(variant: Variant, keys: Sequence[float]) -> Estimate:
+        there = [message(x / variant.groups, shape.itemsize) for x in keys]
+        home = [message(x / variant.groups, shape.grad_itemsize) for x in keys]
+        return _by_hops(shape, [hop.area for hop in hops], rates[variant.name], there, home, keys, variant)
 
     found = {}
-    if "direct" in rates:
-        for holds in (True, False) if len(hops) > 1 else (True,):
-            found[Variant("direct", holds=holds)] = by_hops("direct", [hop.keys for hop in hops], holds)
+    for groups in DIRECT_GROUPS if "direct" in rates else ():
+        for holds in (True, False):
+            # Of one hop nothing is sent.
+            if shape.num_kv_heads % groups == 0 and (len(hops) > 1 or (groups == 1 and holds)):
+                variant = Variant("direct", groups, holds)
+                found[variant] = by_hops(variant, [hop.keys for hop in hops])
     for groups in range(GROUPS, 0, -1) if "gather" in rates else ():
         if shape.num_kv_heads % groups == 0:
             there, home = (
@@ -194,7 +201,7 @@ def estimates(
             )  # fmt: skip
             found[Variant("gather", groups)] = _at_once(shape, hops, rates["gather"], there, home, groups)
     if "relay" in rates:
-        found[Variant("relay", holds=True)] = by_hops("relay", [1.0] * len(hops), True)
+        found[Variant("relay", holds=True)] = by_hops(Variant("relay", holds=True), [1.0] * len(hops))
     return found
 
 
@@ -233,25 +240,32 @@ def _by_hops(
     rates: Rates,
     there: Sequence[float],
     home: Sequence[float],
-    shares: Sequence[float],
-    holds: bool,
+    keys: Sequence[float],
+    variant: Variant,
 ) -> Estimate:
-    """Of one kernel for each hop; `there`, `home`: seconds of each hop's keys and of their gradients; `shares`: these keys."""
-    forward_work = [_products(shape) * area / rates.forward for area in areas]
-    backward_work = [BACKWARD * _products(shape) * area / rates.backward for area in areas]
+    """Of one kernel for each hop and group; `there`, `home`: seconds of each hop's keys of a group and of their gradients; `keys`:
+    as shares of a rank's.
+    """
+    groups = variant.groups
+    forward_work = [_products(shape) * area / rates.forward / groups for area in areas]
+    backward_work = [BACKWARD * _products(shape) * area / rates.backward / groups for area in areas]
     last = len(areas) - 1
     forward = sum(max(0.0, there[i + 1] - forward_work[i]) for i in range(last))
     # While hop i is computed, the block of hop i - 1 comes and the gradients of hop i + 1 go.
     beside = [(there[i - 1] if i > 1 else 0.0) + (home[i + 1] if i < last else 0.0) for i in range(last + 1)]
     backward = sum(max(0.0, b - w) for b, w in zip(beside, backward_work, strict=True))
-    if last and not holds:
+    if last and not variant.holds:
         backward += there[last]
     # The carried state is written and read in fp32 at every hop; so is dq.
     state = 8 * shape.batch * shape.local_len * shape.num_heads * shape.head_dim / MEMORY_BYTES
-    passes = 2 * last * (LAUNCH_S + state)
-    total = sum(forward_work) + sum(backward_work) + passes + forward + backward
+    passes = 2 * (groups * (last + 1) - 1) * LAUNCH_S + 2 * last * state
+    exposed = groups * (forward + backward)
     return Estimate(
-        total, forward + backward, held=shares[last] if last and holds else 0.0, moving=max(shares[1:], default=0.0)
+        groups * (sum(forward_work) + sum(backward_work)) + passes + exposed,
+        exposed,
+        held=keys[last] if last and variant.holds else 0.0,
+        moving=max(keys[1:], default=0.0) / groups,
+        groups=groups,
     )
 
 
@@ -266,4 +280,4 @@ def _at_once(shape: Shape, hops: Sequence[HopShares], rates: Rates, there: float
     copies = keys * shape.key_elements * (4 * shape.itemsize + 8) / MEMORY_BYTES
     passes = 2 * (groups - 1) * LAUNCH_S + copies
     moving = sum(hop.keys for hop in hops) / groups if len(hops) > 1 else 0.0
-    return Estimate(groups * (forward_work + backward_work) + passes + exposed, exposed, moving=moving)
+    return Estimate(groups * (forward_work + backward_work) + passes + exposed, exposed, moving=moving, groups=groups)

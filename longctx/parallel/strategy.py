@@ -7,6 +7,7 @@ over its own axis of the mesh, so any of them serves as the inner scheme of the 
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
@@ -119,17 +120,22 @@ class DirectStrategy(ContextStrategy):
     Args:
         holds: whether the keys that come last, up to as many as a rank has, stay in every layer for the backward pass, which
             begins with them. Else they come again: one message a layer that nothing hides.
+        groups: of heads, which go through the ring one after the other: the more, the fewer keys and gradients are in memory
+            at a time, and the more messages and calls of kernels there are. Of fewer key heads, as many as divide both.
     """
 
     holds: bool = True
+    groups: int = 1
     name = "direct"
 
     def __str__(self) -> str:
-        return self.name if self.holds else f"{self.name}, holding no keys"
+        in_groups = f" in {self.groups} groups" * (self.groups > 1)
+        return self.name + in_groups + ", holding no keys" * (not self.holds)
 
     def plan(self, schedule, num_kv_heads):
         hops, rows, moves, held_len = direct_plan(schedule, self.holds)
-        return RingPlan(hops, rows, moves, _NONE, _NONE, held_len)
+        groups = math.gcd(self.groups, num_kv_heads) if schedule.world > 1 else 1
+        return RingPlan(hops, rows, moves, _NONE, _NONE, held_len, groups)
 
     def comm_bytes(self, schedule, **shape):
         return direct_comm_bytes(schedule, holds=self.holds, **shape)
@@ -197,7 +203,9 @@ def get_strategy(name: str) -> ContextStrategy:
 def _of_variant(variant: Variant) -> ContextStrategy:
     if variant.name == "gather":
         return GatherStrategy(variant.groups)
-    return DirectStrategy(variant.holds) if variant.name == "direct" else _STRATEGIES[variant.name]
+    if variant.name == "direct":
+        return DirectStrategy(variant.holds, variant.groups)
+    return _STRATEGIES[variant.name]
 
 
 @lru_cache(maxsize=64)

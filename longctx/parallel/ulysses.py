@@ -40,7 +40,7 @@ from longctx.parallel.head_exchange import enter_heads
 from longctx.parallel.operator import SCHEMES, RingPlan
 
 _RING_ARGUMENTS = (
-    "Tensor hops, Tensor rows, Tensor moves, Tensor pieces, Tensor order, SymInt size, str kernel, float scale,"
+    "Tensor hops, Tensor rows, Tensor moves, Tensor pieces, Tensor order, SymInt size, SymInt groups, str kernel, float scale,"
     " str exchange, float softcap, Tensor? sinks, str scheme, str heads, SymInt world, SymInt chunks"
 )
 
@@ -141,6 +141,7 @@ def _ulysses_attention(
     pieces: Tensor,
     order: Tensor,
     size: int,
+    groups: int,
     kernel: str,
     scale: float,
     exchange: str,
@@ -156,7 +157,7 @@ def _ulysses_attention(
     what the scheme holds. Arguments as `exchanged_attention`; here hk is a multiple of `world`."""
     todo = head_chunks(q.shape[2] // world, k.shape[2] // world, chunks)
     mail = _Mail(heads, world, chunks)
-    rest = (hops, rows, moves, pieces, order, size, kernel, scale, exchange, softcap)
+    rest = (hops, rows, moves, pieces, order, size, groups, kernel, scale, exchange, softcap)
     result = q.new_empty(q.shape)
     result_lse = q.new_empty(_lse_shape(q) if with_lse else (0,), dtype=state_dtype(q.dtype))
     kept: list[Tensor] = []
@@ -202,6 +203,7 @@ def _ulysses_attention_backward(
     pieces: Tensor,
     order: Tensor,
     size: int,
+    groups: int,
     kernel: str,
     scale: float,
     exchange: str,
@@ -216,7 +218,7 @@ def _ulysses_attention_backward(
     """dq, dk, dv "b s h d", contiguous; dsinks of this rank's heads, empty without sinks."""
     todo = head_chunks(dout.shape[2] // world, num_kv_heads // world, chunks)
     mail = _Mail(heads, world, chunks)
-    rest = (hops, rows, moves, pieces, order, size, kernel, scale, exchange, softcap)
+    rest = (hops, rows, moves, pieces, order, size, groups, kernel, scale, exchange, softcap)
     dq = dout.new_empty(dout.shape)
     dk, dv = (dout.new_empty(_key_shape(dout, num_kv_heads)) for _ in range(2))
     dsinks: list[Tensor] = []
@@ -259,8 +261,8 @@ def _ulysses_attention_backward(
 
 
 @_ulysses_attention.register_fake
-def _(q, k, v, hops, rows, moves, pieces, order, size, kernel, scale, exchange, softcap, sinks, scheme, heads, world, chunks,
-      with_lse):  # fmt: skip
+def _(q, k, v, hops, rows, moves, pieces, order, size, groups, kernel, scale, exchange, softcap, sinks, scheme, heads, world,
+      chunks, with_lse):  # fmt: skip
     b, s, _, d = q.shape
     kept = []
     for chunk in head_chunks(q.shape[2] // world, k.shape[2] // world, chunks):
@@ -270,23 +272,23 @@ def _(q, k, v, hops, rows, moves, pieces, order, size, kernel, scale, exchange, 
             q.new_empty((b, s * world, n + 2 * keys * chunk.is_first, d)),
             q.new_empty((b, s * world, n, d)),
             q.new_empty((b, n, s * world), dtype=state_dtype(q.dtype)),
-            k.new_empty(SCHEMES[scheme].held_shape(block, hops, size)),
+            k.new_empty(SCHEMES[scheme].held_shape(block, hops, size, groups)),
         ]
     lse = q.new_empty(_lse_shape(q) if with_lse else (0,), dtype=state_dtype(q.dtype))
     return q.new_empty(q.shape), lse, kept
 
 
 @_ulysses_attention_backward.register_fake
-def _(dout, dlse, kept, hops, rows, moves, pieces, order, size, kernel, scale, exchange, softcap, sinks, scheme, heads, world,
-      chunks, num_kv_heads):  # fmt: skip
+def _(dout, dlse, kept, hops, rows, moves, pieces, order, size, groups, kernel, scale, exchange, softcap, sinks, scheme, heads,
+      world, chunks, num_kv_heads):  # fmt: skip
     dsinks = dout.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     dk, dv = (dout.new_empty(_key_shape(dout, num_kv_heads)) for _ in range(2))
     return dout.new_empty(dout.shape), dk, dv, dsinks
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, _, *plan, ctx.size, ctx.kernel, ctx.scale, ctx.exchange, ctx.softcap, sinks, ctx.scheme, ctx.heads, ctx.world, \
-        ctx.chunks, _ = inputs  # fmt: skip
+    q, k, _, *plan, ctx.size, ctx.groups, ctx.kernel, ctx.scale, ctx.exchange, ctx.softcap, sinks, ctx.scheme, ctx.heads, \
+        ctx.world, ctx.chunks, _ = inputs  # fmt: skip
     ctx.num_kv_heads = k.shape[2]
     ctx.out_like = q.shape, q.dtype, q.device
     ctx.save_for_backward(sinks, *plan, *output[2])
@@ -300,10 +302,10 @@ def _differentiate(ctx, dout, dlse, _):
         shape, dtype, device = ctx.out_like
         dout = torch.zeros(shape, dtype=dtype, device=device)
     dq, dk, dv, dsinks = _BACKWARD_OP(
-        dout, dlse, kept, hops, rows, moves, pieces, order, ctx.size, ctx.kernel, ctx.scale, ctx.exchange, ctx.softcap,
-        sinks, ctx.scheme, ctx.heads, ctx.world, ctx.chunks, ctx.num_kv_heads,
+        dout, dlse, kept, hops, rows, moves, pieces, order, ctx.size, ctx.groups, ctx.kernel, ctx.scale, ctx.exchange,
+        ctx.softcap, sinks, ctx.scheme, ctx.heads, ctx.world, ctx.chunks, ctx.num_kv_heads,
     )  # fmt: skip
-    return dq, dk, dv, *[None] * 10, None if sinks is None else dsinks, *[None] * 5
+    return dq, dk, dv, *[None] * 11, None if sinks is None else dsinks, *[None] * 5
 
 
 _ulysses_attention.register_autograd(_differentiate, setup_context=_setup_context)

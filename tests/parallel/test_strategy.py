@@ -25,7 +25,7 @@ from longctx.parallel.schedule import RingSchedule
 from longctx.parallel.strategy import DirectStrategy, get_strategy, strategy_names
 from longctx.testing import run_distributed, run_virtual_ring
 
-NEW = ("direct", DirectStrategy(holds=False), "gather")
+NEW = ("direct", DirectStrategy(holds=False), DirectStrategy(holds=True, groups=2), "gather")
 
 
 def each(function):
@@ -272,15 +272,15 @@ def test_a_window_sends_a_halo():
 # ---- as operators
 
 
-@pytest.mark.parametrize("operators", [direct.DIRECT_ATTENTION, gather.GATHER_ATTENTION], ids=["direct", "gather"])
-def test_operators_are_well_registered(operators):
+@pytest.mark.parametrize("name", [DirectStrategy(), DirectStrategy(holds=False, groups=2), "gather"], ids=str)
+def test_operators_are_well_registered(name):
+    operators = direct.DIRECT_ATTENTION if isinstance(name, DirectStrategy) else gather.GATHER_ATTENTION
     q, k, v = (torch.randn(2, SEQ_LEN, h, 4) for h in (4, 2, 2))
     schedule = RingSchedule.build(MASKS["own_docs"], LAYOUTS["contiguous"], 0, 1, SEQ_LEN)
-    if operators is direct.DIRECT_ATTENTION:
-        hops, rows, table, size = moves.direct_plan(schedule)
-        plan = (hops, rows, table, table[:0, 0], table[:0, 0], size)
-    else:
-        plan = (*moves.gather_plan(schedule), 2)
+    plan = (get_strategy(name) if isinstance(name, str) else name).plan(schedule, 2)
+    if isinstance(name, DirectStrategy):
+        # Nothing travels in a ring of one, in which operators can be called from here.
+        plan = plan._replace(groups=name.groups)
     for sinks in (None, torch.zeros(4)):
         rest = (*plan, "reference", 0.3, "", 0.0, sinks)
         wanted = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -290,15 +290,16 @@ def test_operators_are_well_registered(operators):
         torch.library.opcheck(operators.backward, args)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("holds", [True, False])
-def test_what_the_fakes_say_of_a_ring_is_true(holds):
+def test_what_the_fakes_say_of_a_ring_is_true(holds, groups):
     def attend(mesh):
         s = SEQ_LEN // mesh.ring.size
         real = [torch.randn(2, s, h, 4, dtype=torch.bfloat16) for h in (4, 2, 2)]
         schedule = RingSchedule.build(Causal(), ZigZag(), mesh.ring.rank, mesh.ring.size, SEQ_LEN)
-        hops, rows, table, size = moves.direct_plan(schedule, holds)
-        plan = (hops, rows, table, table[:0, 0], table[:0, 0])
-        rest = (size, "reference", 0.3, mesh.exchange.handle)
+        *plan, size, groups_of = DirectStrategy(holds, groups).plan(schedule, 2)
+        assert groups_of == groups
+        rest = (size, groups, "reference", 0.3, mesh.exchange.handle)
         results = direct.DIRECT_ATTENTION.forward(*real, *plan, *rest)
         grads = direct.DIRECT_ATTENTION.backward(torch.ones_like(real[0]), None, *results, *real, *plan, *rest)
         return real, plan, size, results, grads
@@ -308,7 +309,7 @@ def test_what_the_fakes_say_of_a_ring_is_true(holds):
     for real, plan, size, results, grads in run_virtual_ring(attend, world=3):
         with FakeTensorMode(allow_non_fake_inputs=False) as mode:
             q, k, v, *plan = (mode.from_tensor(x) for x in (*real, *plan))
-            rest = (size, "reference", 0.3, "nowhere")
+            rest = (size, groups, "reference", 0.3, "nowhere")
             fakes = direct.DIRECT_ATTENTION.forward(q, k, v, *plan, *rest)
             fake_grads = direct.DIRECT_ATTENTION.backward(torch.ones_like(q), None, *fakes, q, k, v, *plan, *rest)
         for fake, true in zip((*fakes, *fake_grads), (*results, *grads), strict=True):
@@ -357,7 +358,7 @@ def test_strategies_of_gpus(transport):
         for mask, layout, name, seq_len in itertools.product(
             ("causal", "window_causal", "prefix"),
             ("zigzag", "striped4"),
-            (*strategy_names(), DirectStrategy(holds=False)),
+            (*strategy_names(), DirectStrategy(holds=False, groups=2)),
             (512, 2048),
         )
     }

@@ -97,12 +97,12 @@ def test_slow_links_favour_what_hides_messages_and_small_work_what_has_few_kerne
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("mask", [Causal(), Full(), SlidingWindow(9) & Causal()])
 def test_what_stays_for_the_backward_pass_is_what_is_estimated(mask, world):
-    shape = Shape(batch=1, local_len=96 // world, num_heads=2, num_kv_heads=1, head_dim=4, itemsize=8)
+    shape = Shape(batch=1, local_len=96 // world, num_heads=4, num_kv_heads=2, head_dim=4, itemsize=8)
 
     def held(mesh, chosen):
         schedule = RingSchedule.build(mask, ZigZag(), mesh.ring.rank, world, 96)
-        q, k, v = (torch.randn(1, shape.local_len, h, 4, dtype=torch.float64) for h in (2, 1, 1))
-        plan = chosen.plan(schedule, 1)
+        q, k, v = (torch.randn(1, shape.local_len, h, 4, dtype=torch.float64) for h in (4, 2, 2))
+        plan = chosen.plan(schedule, 2)
         *_, kept = SCHEMES[chosen.name].forward(q, k, v, *plan, "reference", 0.5, mesh.exchange.handle)
         return kept.numel()
 
