@@ -114,14 +114,21 @@ class _Rank:
 
     def working(self, with_loss: bool) -> int:
         """Bytes of the temporaries at the peak: of the SwiGLU's, of attention's or of the loss's backward pass."""
-        size, q, kv, chunk = self.itemsize, self.q, self.kv, self.engine.mlp_chunk_tokens
-        swiglu = self.tokens * size * 2 * self.model.hidden_size
-        swiglu += min(self.tokens, chunk or self.tokens) * size * 5 * self.features
-        if chunk is not None:
-            # The sums of the weights' gradients.
-            swiglu += 4 * 3 * self.model.hidden_size * self.features
-        # Gradients in fp32 are of a group of heads at a time.
-        attention = size * (4 * q + 4 * kv + 2 * self.model.hidden_size) + 4 * (q + 2 * kv) // self.attention.groups
+        size, e, q, kv = self.itemsize, self.model.hidden_size, self.q, self.kv
+        chunk, groups = self.engine.mlp_chunk_tokens, self.attention.groups
+        # The residual's gradient and, where a layer is computed again, what its projections and norms were given, with q, k and v.
+        again = (2 * e + q + 2 * kv + (q + kv) * self.model.qk_norm) if self.engine.activation_checkpointing else e
+        # Two norms' inputs or gradients; gate, up, their product and its gradient, of which the first three may be kept already.
+        wide = 4 * self.features if self.engine.activation_checkpointing else 2 * self.features
+        swiglu = self.tokens * size * (again + 2 * e)
+        if chunk is None:
+            swiglu += self.tokens * size * wide
+        else:
+            # The gradient of its input, whole, and the sums of the weights' gradients.
+            swiglu += self.tokens * size * e
+            swiglu += min(self.tokens, chunk) * size * 5 * self.features + 4 * 3 * e * self.features
+        # The gradients of out, q, k and v, first in fp32 and for a group of heads at a time; Ulysses packs what it sends.
+        attention = size * (again + 2 * q + 2 * kv + (q + kv) * (self.plan.ulysses > 1)) + 4 * (q + 2 * kv) // groups
         found = max(swiglu, self.tokens * attention)
         if with_loss:
             # One chunk of logits, the gradient of the hidden state, and that of the projection in fp32.

@@ -18,7 +18,7 @@ from longctx.kernels.sinks import add_sinks
 from longctx.parallel.exchange import RingExchange, Trade
 from longctx.parallel.moves import NOT_HELD, Move, Span, unpack_moves
 from longctx.parallel.operator import attention_operators
-from longctx.parallel.ring import backward_kernel, begin_backward, cached_hops
+from longctx.parallel.ring import accumulator, backward_kernel, begin_backward, cached_hops
 
 Pair = tuple[Tensor, Tensor]
 
@@ -95,7 +95,8 @@ def _backward(
     last, flying, block, riding = len(todo) - 1, None, held, None
     if last and size == NOT_HELD:
         flying, block = _fetch(ring, k, v, routes[last], None, "backward", last)
-    dout, delta, dq, dsinks = begin_backward(q, dout, dlse, out, lse, sinks)
+    dout, delta, dsinks = begin_backward(q, dout, dlse, out, lse, sinks)
+    dq = accumulator(q)
     home = _Home(k)
     if flying is not None:
         flying.wait()

@@ -20,7 +20,7 @@ from longctx.kernels.sinks import add_sinks
 from longctx.parallel.exchange import RingExchange, Trade
 from longctx.parallel.moves import Move
 from longctx.parallel.operator import attention_operators
-from longctx.parallel.ring import backward_kernel, begin_backward, cached_hops
+from longctx.parallel.ring import accumulator, backward_kernel, begin_backward, cached_hops
 from longctx.parallel.routes import Route, unpack_routes
 
 
@@ -92,26 +92,29 @@ def _backward(
     """dq, dk, dv like q, k, v, contiguous; dsinks [h] of the local rows, empty without sinks."""
     ((_, key_range),) = cached_hops(hops, rows)
     chosen = None if key_range.kind == "empty" else backward_kernel(kernel, q, key_range, softcap, dlse)
-    dout, delta, dq, dsinks = begin_backward(q, dout, dlse, out, lse, sinks)
+    dout, delta, dsinks = begin_backward(q, dout, dlse, out, lse, sinks)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     gathering = _Gathering(ring, k, v, moves, pieces, order, size)
     homecoming: _Homecoming | None = None
     for group, block in enumerate(gathering.blocks("backward")):
-        grads = gathering.gradients(dq.dtype)
+        heads = _heads(q, group, size)
+        dq_acc = accumulator(q[:, :, heads])
+        grads = gathering.gradients(dq_acc.dtype)
         if chosen is None:
             grads.zero_()
         else:
-            heads = _heads(q, group, size)
             chosen.backward(
                 dout[:, :, heads], q[:, :, heads], *block, lse[:, heads], delta[:, heads], key_range,
                 scale=scale, softcap=softcap, out=out[:, :, heads],
-                dq_acc=dq[:, :, heads], dk_acc=grads[0], dv_acc=grads[1], fresh=True,
+                dq_acc=dq_acc, dk_acc=grads[0], dv_acc=grads[1], fresh=True,
             )  # fmt: skip
+        dq[:, :, heads] = dq_acc
         if homecoming is not None:
             homecoming.arrive()
         homecoming = _Homecoming(gathering, grads, group)
     assert homecoming is not None, "there is at least one group"
     homecoming.arrive()
-    return dq.to(q.dtype), gathering.dk, gathering.dv, dsinks
+    return dq, gathering.dk, gathering.dv, dsinks
 
 
 def _heads(x: Tensor, group: int, groups: int) -> slice:

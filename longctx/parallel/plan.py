@@ -61,7 +61,7 @@ class ParallelPlan:
         layout: which positions of a sequence each ring rank holds, by name; "auto": for each batch's mask the layout that is
             fastest for it.
         strategy: how the ranks of a ring get to see each other's keys: "relay", "direct", "gather", or "auto": what is
-            estimated to be fastest, logged with the reason.
+            estimated to be fastest, or hardly slower for less memory, logged with the reason.
         transport: what carries the messages of a ring: "nccl" (gloo on CPUs), "copy_engine" (GPUs of one node, through each
             other's memory), or "auto": NCCL, which was measured as fast.
         grad_dtype: of key and value gradients on the ring's wire: as they are summed, or in half the bytes, rounded at each

@@ -127,7 +127,8 @@ def _ring_attention_backward(
     todo = cached_hops(hops, rows)
     kernels = [None if kr.kind == "empty" else backward_kernel(kernel, q, kr, softcap, dlse) for _, kr in todo]
     ring.journal.begin_attention(lambda: attention_flops(q, todo, [k.shape[1]] * len(todo), BACKWARD_PRODUCTS))
-    dout, delta, dq, dsinks = begin_backward(q, dout, dlse, out, lse, sinks)
+    dout, delta, dsinks = begin_backward(q, dout, dlse, out, lse, sinks)
+    dq = accumulator(q)
     message = held_kv
     riding: Rotation | None = None
 
@@ -165,7 +166,7 @@ def _ring_attention_backward(
             arrived = riding.wait()
             grads = arrived if grads is None else grads.add_(arrived)
         elif grads is None:
-            grads = _accumulator(message)
+            grads = accumulator(message)
         wire = grads.to(ring.grad_dtype or grads.dtype)
         riding = ring.rotate(wire, back, purpose="grads", what=f"backward, dK/dV after hop {i}")
         if coming is not None:
@@ -235,8 +236,8 @@ def attention_flops(q: Tensor, todo: Hops, num_keys: Sequence[int], products: in
 
 def begin_backward(
     q: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What every backward pass starts with: dout, contiguous; delta "b h s"; zeros to add dq in; dsinks of the local rows."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What every backward pass starts with: dout, contiguous; delta "b h s"; dsinks of the local rows."""
     # Gradients of sums and means come as expanded tensors, whose strides are 0.
     dout = dout.contiguous()
     delta = row_delta(out, dout)
@@ -244,10 +245,10 @@ def begin_backward(
         # d lse / d score = p, and the scores' gradient is p * (dp - delta).
         delta = delta - dlse.to(delta.dtype)
     dsinks = q.new_empty(0) if sinks is None else sink_gradient(sinks, lse, delta)
-    return dout, delta, _accumulator(q), dsinks
+    return dout, delta, dsinks
 
 
-def _accumulator(like: Tensor) -> Tensor:
+def accumulator(like: Tensor) -> Tensor:
     """Zeros of that shape in the dtype that gradients are summed in, contiguous."""
     return torch.zeros(like.shape, dtype=state_dtype(like.dtype), device=like.device)
 
