@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from longctx import engine, functional
-from longctx.data import NO_TARGET, ShardedBatch
+from longctx.data import ShardedBatch
 from longctx.errors import ConfigError, Problem, did_you_mean
 from longctx.parallel import tensor
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.schedule import RingSchedule
+from longctx.shapes import NO_TARGET
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,9 @@ from longctx.corpus import find_corpus
 from longctx.errors import DataError, Problem
 from longctx.layout import SequenceLayout, SequenceMeta
 from longctx.masks import AttentionMask, Causal, Documents, Full, SlidingWindow
+from longctx.shapes import NO_TARGET
 from longctx.tokenizer import load_tokenizer
 from longctx.tokens import TokenDataset, open_tokens
-
-# Labels with this value are no targets.
-NO_TARGET = -100
 
 # The token at positions that only fill up a shard.
 PADDING_TOKEN = 0

@@ -23,7 +23,7 @@ from longctx.checkpoint import check_checkpoint
 from longctx.checkpoint_folder import latest_checkpoint
 from longctx.checkpoint_weights import CheckpointWeights
 from longctx.config import Config, load_config
-from longctx.data import NO_TARGET, ShardedBatch, ShardedLoader
+from longctx.data import ShardedBatch, ShardedLoader
 from longctx.errors import ConfigError, did_you_mean
 from longctx.hf_config import CONFIG
 from longctx.launch import Launch, run
@@ -32,6 +32,7 @@ from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.slices import parameter_slices
 from longctx.preparation import DATA_TIMEOUT_S, open_data, settle
 from longctx.process import set_cpu_threads, tell
+from longctx.shapes import NO_TARGET
 from longctx.weights import WeightsFolder
 
 # Rows of the table: a token's context is more than half of the longest, more than a quarter, and so on.

@@ -25,9 +25,9 @@ from longctx.layout import SequenceLayout, SequenceMeta
 from longctx.masks import AttentionMask, Causal, Documents
 from longctx.model import keep_attention
 from longctx.parallel.degrees import ulysses_problems
-from longctx.parallel.loss import IGNORE
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.strategy import ContextStrategy, get_strategy
+from longctx.shapes import NO_TARGET
 
 # The kinds of layers, in the configurations' `layer_types`, whose tokens see each other through attention only, by intervals.
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -138,11 +138,11 @@ def shard_batch(
         "use_cache": False,
     }
     if labels is not None:
-        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=NO_TARGET)
         if num_items_in_batch is None:
             num_items_in_batch = _count_targets(shifted, mesh)
         # Models make a loss where there are labels, and take it of these where they are given shifted.
-        found["labels"] = found["shift_labels"] = meta.shard(shifted.to(mesh.device), fill=IGNORE)
+        found["labels"] = found["shift_labels"] = meta.shard(shifted.to(mesh.device), fill=NO_TARGET)
         found["num_items_in_batch"] = torch.tensor(num_items_in_batch / mesh.grad.size, device=mesh.device)
     return found
 
@@ -244,7 +244,7 @@ def _positions_in_documents(mask: AttentionMask, seq_len: int) -> Tensor:
 
 def _count_targets(shifted: Tensor, mesh: ParallelMesh) -> int:
     """Targets of all dp ranks' sequences."""
-    count = (shifted != IGNORE).sum().to(mesh.device)
+    count = (shifted != NO_TARGET).sum().to(mesh.device)
     if mesh.dp.size > 1:
         dist.all_reduce(count, group=mesh.dp.group)
     return int(count)

@@ -16,7 +16,7 @@ import torch
 
 from longctx.broken import broken
 from longctx.comparison import FLOORS, Comparison, Tally
-from longctx.data import NO_TARGET, PADDING_TOKEN, ShardedBatch
+from longctx.data import PADDING_TOKEN, ShardedBatch
 from longctx.engine import EngineConfig, TrainEngine, build_engine
 from longctx.functional import context_parallel_attention
 from longctx.layout import SequenceMeta
@@ -26,6 +26,7 @@ from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.process import tell
+from longctx.shapes import NO_TARGET
 
 # A step of the made-up text: [accumulation][dp].
 FullStep = list[list[ShardedBatch]]

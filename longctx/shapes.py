@@ -1,4 +1,4 @@
-"""Shape checks in einops notation, and the shape of a model as plain numbers."""
+"""Shape checks in einops notation, the label that is no target, and the shape of a model as plain numbers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from longctx.errors import Problem, ShapeError, format_problems
+
+# Labels with this value are no targets, as in torch's cross entropy and Hugging Face's models.
+NO_TARGET = -100
 
 
 def check_shapes(**specs: tuple[torch.Tensor, str]) -> dict[str, int]:

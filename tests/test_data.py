@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.data import NO_TARGET, DataConfig, ShardedLoader, check_vocab, open_dataset
+from longctx.data import DataConfig, ShardedLoader, check_vocab, open_dataset
 from longctx.errors import DataError, PlanError
 from longctx.layout import LAYOUTS, Balanced, Contiguous, Striped, ZigZag, get_layout, layout_names
 from longctx.masks import Causal, Documents
+from longctx.shapes import NO_TARGET
 from longctx.tokens import TokenDataset
 
 EOD = 256

@@ -13,12 +13,12 @@ from longctx.__main__ import main
 from longctx.checkpoint_folder import latest_checkpoint
 from longctx.checkpoint_weights import CheckpointWeights
 from longctx.config import load_config
-from longctx.data import NO_TARGET
 from longctx.evaluation import LossOfContext, measure, table
 from longctx.launch import Place
 from longctx.model import Transformer
 from longctx.parallel.mesh import ParallelMesh
 from longctx.preparation import open_data, settle
+from longctx.shapes import NO_TARGET
 from longctx.testing import run_distributed
 
 

@@ -15,13 +15,13 @@ from longctx.__main__ import main
 from longctx.broken import TWINS, twins_of
 from longctx.comparison import Comparison, Tally, merge_ranks
 from longctx.config import load_config
-from longctx.data import NO_TARGET
 from longctx.engine import EngineConfig
 from longctx.errors import ConfigError
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parity import ParityCase, make_step, shard_step
+from longctx.shapes import NO_TARGET
 
 ROOT = Path(check.__file__).parent.parent
 # Wide enough that something is cut, on CPUs wherever the tests run.

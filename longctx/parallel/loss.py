@@ -15,9 +15,7 @@ from longctx.kernels import state_dtype
 from longctx.kernels.fused import check_fused, use_liger
 from longctx.parallel.tensor import ALONE, TensorParallel
 from longctx.parallel.tensor_exchange import get_tensor_exchange
-from longctx.shapes import check_shapes
-
-IGNORE = -100
+from longctx.shapes import NO_TARGET, check_shapes
 
 LossImpl = Literal["auto", "torch", "liger"]
 _IMPLS = {"auto": "auto", "liger": "on", "torch": "off"}
@@ -73,7 +71,7 @@ def linear_cross_entropy(
             )
         hidden = tensor.enter(hidden)
     _check(hidden, weight, labels)
-    check_token_ids(labels, weight.shape[0] * tensor.size, what="label", ignore=IGNORE)
+    check_token_ids(labels, weight.shape[0] * tensor.size, what="label", ignore=NO_TARGET)
     softmax: _Softmax = _torch_softmax
     if tensor.size > 1:
         softmax = partial(_shared_softmax, tensor)
@@ -187,7 +185,7 @@ _Softmax = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
 def _torch_softmax(logits: torch.Tensor, labels: torch.Tensor, with_grad: bool) -> torch.Tensor:
     x = logits.to(state_dtype(logits.dtype))  # the logits themselves where they are fp32
-    valid = (labels != IGNORE)[:, None]
+    valid = (labels != NO_TARGET)[:, None]
     index = labels[:, None].masked_fill(~valid, 0)
     # In place, and relative to the maximum until the end: against the logsumexp itself, logits of 1000 would cost 5 digits.
     x.sub_(x.amax(-1, keepdim=True))
@@ -211,7 +209,7 @@ def _shared_softmax(
     """
     exchange, _ = get_tensor_exchange(tensor.exchange)
     x = logits.to(state_dtype(logits.dtype))
-    valid = (labels != IGNORE)[:, None]
+    valid = (labels != NO_TARGET)[:, None]
     index = labels[:, None] - tensor.rank * logits.shape[1]
     is_mine = valid & (index >= 0) & (index < logits.shape[1])
     index = index.masked_fill(~is_mine, 0)
@@ -256,7 +254,7 @@ def _liger_softmax(logits: torch.Tensor, labels: torch.Tensor, with_grad: bool) 
         n_non_ignore=1,
         sum_non_ignore_weight=1,
         weight_sum=0.0,
-        ignore_index=IGNORE,
+        ignore_index=NO_TARGET,
         lse_square_scale=0.0,
         label_smoothing=0.0,
         reduction="sum",

@@ -335,8 +335,8 @@ def _spoken(*kind: object) -> list[bool]:
 
 
 def log_choice(what: str, chosen: object, schedule: RingSchedule, shape: Shape, why: str) -> None:
-    """Log why `chosen` was taken, once for every kind of call."""
-    said = _spoken(what, str(chosen), type(schedule.mask).__name__, schedule.layout.name, schedule.world, shape)
+    """Log why `chosen` was taken, the first time for such a shape; other masks may have other reasons for the same."""
+    said = _spoken(what, str(chosen), schedule.layout.name, schedule.world, shape)
     if not said:
         said.append(True)
         log.info("%s %s", what, why)
