@@ -10,8 +10,9 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,7 +31,7 @@ from longctx.launch import Launch, run
 from longctx.model import ModelConfig, Transformer
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.slices import parameter_slices
-from longctx.preparation import DATA_TIMEOUT_S, open_data, settle
+from longctx.preparation import DATA_TIMEOUT_S, GROUP_TIMEOUT_MARGIN_S, open_data, settle, watched
 from longctx.process import set_cpu_threads, tell
 from longctx.shapes import NO_TARGET
 from longctx.weights import WeightsFolder
@@ -106,33 +107,50 @@ def evaluate(config: Config, launch: Launch, *, weights: str | None, samples: in
     with launch.together("the data", timeout_s=DATA_TIMEOUT_S):
         dataset, loader = open_data(config, plan, launch.place.rank, device)
     set_cpu_threads(launch.place.world_size)
-    launch.start_process_group(device, config.train.timeout_s)
-    mesh = ParallelMesh.create(plan, device=device)
-    dtype = _DTYPES[config.engine.resolved_dtype(device.type)]
-    model = Transformer(config.model, mesh=mesh, kernel=config.engine.kernel, fused=config.engine.fused)
-    _load(folder, model)
-    model.to(device, dtype).eval()
     count = loader.num_samples if samples is None else min(samples, loader.num_samples)
-    if launch.place.rank == 0:
-        tell(
-            f"weights   {path}\ndata      {dataset.describe()}\nplan      {plan}; {count:_} sequences of {loader.seq_len:_}"
-        )
-    start = time.perf_counter()
-    found = measure(model, loader, count, mesh)
+    with watched(launch.place, plan, timeout_s=config.train.timeout_s) as watchdog:
+        watchdog.mark(0, "setting up", may_hang=False)
+        timeout_s = config.train.timeout_s + GROUP_TIMEOUT_MARGIN_S
+        launch.start_process_group(device, timeout_s)
+        launch.is_working = True
+        mesh = ParallelMesh.create(plan, device=device, timeout=timedelta(seconds=timeout_s))
+        watchdog.watch(mesh.journal)
+        dtype = _DTYPES[config.engine.resolved_dtype(device.type)]
+        model = Transformer(config.model, mesh=mesh, kernel=config.engine.kernel, fused=config.engine.fused)
+        _load(folder, model)
+        model.to(device, dtype).eval()
+        if launch.place.rank == 0:
+            tell(
+                f"weights   {path}\ndata      {dataset.describe()}\n"
+                f"plan      {plan}; {count:_} sequences of {loader.seq_len:_}"
+            )
+        start = time.perf_counter()
+        found = measure(model, loader, count, mesh, mark=watchdog.mark)
     if launch.place.rank == 0:
         print(f"{table(found)}\n{count * loader.seq_len:_} tokens in {time.perf_counter() - start:.1f} s")
     return found
 
 
-def measure(model: Transformer, loader: ShardedLoader, num_samples: int, mesh: ParallelMesh) -> list[LossOfContext]:
+def measure(
+    model: Transformer,
+    loader: ShardedLoader,
+    num_samples: int,
+    mesh: ParallelMesh,
+    *,
+    mark: Callable[[int, str], None] = lambda step, phase: None,
+) -> list[LossOfContext]:
     """The loss of the first `num_samples` samples by context, the same on every rank; collective.
+
+    Args:
+        mark: told the number and the phase of every step, as `Watchdog.mark`.
 
     Tokens of a packed document see no further than its beginning: that is their context.
     """
     edges = sorted({-(-loader.seq_len // 2**i) for i in range(BUCKETS)})
     # float64: sums of millions of losses.
     sums = torch.zeros(len(edges), 2, dtype=torch.float64, device=mesh.device)
-    for cursor in range(0, num_samples, loader.samples_per_step):
+    for step, cursor in enumerate(range(0, num_samples, loader.samples_per_step)):
+        mark(step, "evaluating")
         for batch in loader.step(cursor):
             first = cursor + loader.dp_rank * loader.micro_batch_size
             _add_batch(sums, model, batch, edges, samples=num_samples - first)

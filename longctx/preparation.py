@@ -1,11 +1,12 @@
-"""What is settled before a run touches a GPU: its plan, its device, its data, and how all that reads.
+"""What is settled before a run touches a GPU: its plan, its device, its data, how all that reads, and who watches over it.
 
 Everything here follows from the configuration, the files it names and the number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,12 @@ import torch
 from longctx.data import ShardedBatch, ShardedLoader, check_vocab, open_dataset
 from longctx.errors import ConfigError, DataError, Problem, format_problems
 from longctx.kernels import get_kernel
-from longctx.launch import Launch, Place, choose_device
+from longctx.launch import Launch, Place, StartError, choose_device
 from longctx.memory import rank_memory
 from longctx.parallel.plan import ParallelPlan
 from longctx.progress import in_bytes
 from longctx.results import environment, version
+from longctx.watchdog import Watchdog
 from longctx.weights import WeightsFolder
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 # Tokenising a large text takes hours once; the watchdog meanwhile sees whether everyone is alive.
 DATA_TIMEOUT_S = 24 * 3600.0
+
+# The process group's own timeout comes after the watchdog's, which knows more and says so.
+GROUP_TIMEOUT_MARGIN_S = 60.0
 
 # A step that takes a CPU of 100 GFLOP/s, which is a good one, a quarter of an hour.
 CPU_STEP_FLOPS = 1e14
@@ -315,3 +320,32 @@ def _memory_line(config: Config, plan: ParallelPlan, device: torch.device, place
     parts = [f"{name} {in_bytes(size)}" for name, size in vars(memory).items() if name != "host" and size]
     host = f"; {in_bytes(memory.host)} in the host's memory" if memory.host else ""
     return f"about {in_bytes(memory.total)} on the rank that holds most: {', '.join(parts)}{host}"
+
+
+@contextlib.contextmanager
+def watched(
+    place: Place,
+    plan: ParallelPlan,
+    *,
+    timeout_s: float,
+    stacks_dir: Path | None = None,
+    before_exit: Callable[[str], None] = lambda reason: None,
+) -> Iterator[Watchdog]:
+    """A watchdog over the body; a rank that fails in it tells the others why. Arguments as `Watchdog`."""
+    watchdog = Watchdog(
+        place,
+        name_of=lambda rank: str(plan.coords(rank)),
+        timeout_s=timeout_s,
+        stacks_dir=stacks_dir,
+        before_exit=before_exit,
+    )
+    watchdog.start()
+    try:
+        yield watchdog
+    except BaseException as error:
+        # What all processes agreed on, all of them know.
+        if not isinstance(error, StartError):
+            watchdog.failed(error)
+        raise
+    finally:
+        watchdog.stop()

@@ -6,11 +6,10 @@ Then the engine is built, a checkpoint is loaded if there is one, and the steps 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,18 +21,20 @@ import torch.distributed as dist
 from longctx.checkpoint import TrainState, arrangement, check_checkpoint, latest_checkpoint, load_checkpoint, saved_as
 from longctx.checkpoint_saver import Saver
 from longctx.errors import CheckpointError, ConfigError, NonFiniteError
-from longctx.launch import Launch, Place, StartError
+from longctx.launch import Launch, Place
 from longctx.metrics import Meter, MetricsFile, peak_flops, peak_memory_bytes, step_work
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.preparation import (
     DATA_TIMEOUT_S,
+    GROUP_TIMEOUT_MARGIN_S,
     about,
     choices,
     open_data,
     open_eval_data,
     resumed,
     settle,
+    watched,
     weights_to_start_from,
 )
 from longctx.process import seed_everything, set_cpu_threads, tell
@@ -47,9 +48,6 @@ if TYPE_CHECKING:
     from longctx.engine import TrainEngine
 
 log = logging.getLogger(__name__)
-
-# The process group's own timeout comes after the watchdog's, which knows more and says so.
-GROUP_TIMEOUT_MARGIN_S = 60.0
 
 
 class Trainer:
@@ -89,7 +87,13 @@ class Trainer:
             plan, device = settle(self.config, self.launch.place)
         reason = "failed"
         try:
-            with self._watch(plan) as watchdog:
+            with watched(
+                self.launch.place,
+                plan,
+                timeout_s=self.config.train.timeout_s,
+                stacks_dir=self.run_dir / "stacks",
+                before_exit=lambda reason: self._close(reason, wandb_s=3.0),
+            ) as watchdog:
                 self._prepare(plan, device, watchdog)
                 self._start_engine(plan, device, watchdog)
                 self._train(plan, device, watchdog)
@@ -322,27 +326,6 @@ class Trainer:
                 n += 1
             path.rename(old)
         return MetricsFile(path, first_step=self.state.step)
-
-    @contextlib.contextmanager
-    def _watch(self, plan: ParallelPlan) -> Iterator[Watchdog]:
-        """The watchdog; a rank that fails tells the others why."""
-        watchdog = Watchdog(
-            self.launch.place,
-            name_of=lambda rank: str(plan.coords(rank)),
-            timeout_s=self.config.train.timeout_s,
-            stacks_dir=self.run_dir / "stacks",
-            before_exit=lambda reason: self._close(reason, wandb_s=3.0),
-        )
-        watchdog.start()
-        try:
-            yield watchdog
-        except BaseException as error:
-            # What all processes agreed on, all of them know.
-            if not isinstance(error, StartError):
-                watchdog.failed(error)
-            raise
-        finally:
-            watchdog.stop()
 
     def _close(self, reason: str, wandb_s: float | None = None) -> None:
         """Leave files and terminal in order; also called from the watchdog's thread, just before the process ends."""

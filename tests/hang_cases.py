@@ -1,4 +1,4 @@
-"""Real training runs of three ranks on a ring, one of which meets with something in the middle of a hop: for `test_hangs`."""
+"""Real runs of three ranks on a ring, one of which meets with something in the middle of a hop: for `test_hangs`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from run_cases import free_port, write_config
 
 from longctx.config import load_config
+from longctx.evaluation import evaluate
 from longctx.launch import Launch, Place, run
 from longctx.parallel.exchange import RingExchange
 from longctx.testing import forked
@@ -70,7 +71,7 @@ def arm(case: str, what: str) -> None:
     RingExchange.rotate = armed  # type: ignore[method-assign]
 
 
-def _rank_main(rank: int, port: int, config: Path, case: str, what: str, folder: Path) -> None:
+def _rank_main(rank: int, port: int, config: Path, case: str, what: str, folder: Path, weights: Path | None) -> None:
     log = os.open(folder / f"log{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -80,19 +81,25 @@ def _rank_main(rank: int, port: int, config: Path, case: str, what: str, folder:
         arm(case, what)
 
     def body(launch: Launch) -> None:
-        Trainer(load_config(config, WORDS), launch).fit()
+        settings = load_config(config, WORDS)
+        if weights is None:
+            Trainer(settings, launch).fit()
+        else:
+            evaluate(settings, launch, weights=str(weights), samples=None)
 
     code = run(body, Place.from_env())
     sys.stdout.flush()
     os._exit(code)
 
 
-def train_until_it_happens(folder: Path, case: str, what: str) -> tuple[list[int | None], list[str]]:
-    """Exit codes and outputs of the ranks."""
+def run_until_it_happens(
+    folder: Path, case: str, what: str, weights: Path | None = None
+) -> tuple[list[int | None], list[str]]:
+    """Exit codes and outputs of the ranks, which train; with `weights` they evaluate these."""
     context = forked()
     config, port = write_config(folder), free_port()
     processes = [
-        context.Process(target=_rank_main, args=(rank, port, config, case, what, folder), daemon=True)
+        context.Process(target=_rank_main, args=(rank, port, config, case, what, folder, weights), daemon=True)
         for rank in range(WORLD)
     ]
     try:

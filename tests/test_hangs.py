@@ -6,7 +6,11 @@ import re
 import signal
 
 import pytest
-from hang_cases import BACKWARD, FORWARD, LAYER, STEP, TIMEOUT_S, VICTIM, train_until_it_happens
+from hang_cases import BACKWARD, FORWARD, LAYER, STEP, TIMEOUT_S, VICTIM, run_until_it_happens
+from run_cases import train, write_config
+
+from longctx.checkpoint_folder import latest_checkpoint
+from longctx.config import load_config
 
 NAME = rf"rank {VICTIM} \(dp0 pp0 ring{VICTIM} uly0 tp0\)"
 
@@ -27,7 +31,7 @@ def one_report(logs):
 
 @pytest.mark.parametrize("what", [FORWARD, BACKWARD], ids=["forward", "backward"])
 def test_a_rank_killed_in_a_hop(what, tmp_path):
-    codes, logs = train_until_it_happens(tmp_path, "kill", what)
+    codes, logs = run_until_it_happens(tmp_path, "kill", what)
     assert codes[VICTIM] == -signal.SIGKILL, logs
     assert [code for r, code in enumerate(codes) if r != VICTIM] == [1, 1], logs
     report = one_report(logs)
@@ -39,8 +43,20 @@ def test_a_rank_killed_in_a_hop(what, tmp_path):
     assert re.match(expected, messages), report
 
 
+def test_a_rank_killed_in_an_evaluation(tmp_path):
+    trained = train("forked", 1, "--config", write_config(tmp_path), "--train.steps=1")
+    assert trained.returncode == 0, trained.stdout
+    weights = latest_checkpoint(load_config(tmp_path / "tiny.toml").train.checkpoints)
+    codes, logs = run_until_it_happens(tmp_path, "kill", FORWARD, weights)
+    assert codes[VICTIM] == -signal.SIGKILL, logs
+    assert [code for r, code in enumerate(codes) if r != VICTIM] == [1, 1], logs
+    report = one_report(logs)
+    assert re.search(rf"{NAME} stopped answering at step {STEP} \(last heard at step {STEP}, evaluating\)", report)
+    assert f"layer {LAYER}, {FORWARD} (to rank 0, from rank {VICTIM})" in standing_of(2, report)[1]
+
+
 def test_a_rank_frozen_in_a_hop(tmp_path):
-    codes, logs = train_until_it_happens(tmp_path, "freeze", FORWARD)
+    codes, logs = run_until_it_happens(tmp_path, "freeze", FORWARD)
     assert codes == [1, -signal.SIGKILL, 1], f"the frozen rank is ended too:\n{logs}"
     report = one_report(logs)
     assert re.search(rf"{NAME} stopped answering at step {STEP}", report)
@@ -55,7 +71,7 @@ def test_a_rank_frozen_in_a_hop(tmp_path):
 
 def test_a_rank_stuck_in_a_hop_is_the_one_that_is_behind(tmp_path):
     """All three are alive and in the same phase: only their messages tell them apart."""
-    codes, logs = train_until_it_happens(tmp_path, "stick", FORWARD)
+    codes, logs = run_until_it_happens(tmp_path, "stick", FORWARD)
     assert codes == [1, 1, 1], logs
     report = one_report(logs)
     assert re.search(rf"{NAME} hangs at step {STEP}: no progress for .*train.timeout_s = {TIMEOUT_S:g}", report), report
