@@ -32,13 +32,22 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
-from deepspeed.runtime.pipe.schedule import OptimizerStep, PipeSchedule
+from deepspeed.runtime.pipe.schedule import (
+    CommitP2P,
+    OptimizerStep,
+    PipeSchedule,
+    RecvActivation,
+    RecvGrad,
+    SendActivation,
+    SendGrad,
+)
 from deepspeed.runtime.pipe.topology import ProcessTopology
 
 from longctx.engine import TrainEngine
 from longctx.errors import ConfigError, format_problems
 from longctx.initial import init_parameter
 from longctx.model import DecoderLayer, ModelConfig, RMSNorm, make_offload, run_layers
+from longctx.parallel.journal import Journal
 from longctx.parallel.loss import LMHead, linear_cross_entropy
 from longctx.parallel.tensor import TensorParallel, VocabularyEmbedding
 
@@ -210,8 +219,43 @@ class _WithoutStep:
             yield [command for command in commands if not isinstance(command, OptimizerStep)]
 
 
+def _noted(ds: Any, journal: Journal) -> dict[type, Callable[..., None]]:
+    """What DeepSpeed's engine does at each instruction of a schedule, messages between stages noted in the journal."""
+
+    acts = dict(ds._INSTRUCTION_MAP)
+
+    def noting(instruction: type, what: str, peers: Callable[[], Iterable[int]]) -> Callable[..., None]:
+        def act(ds: Any, **settings: Any) -> None:
+            ranks = tuple(sorted(set(peers())))
+            if ranks:
+                journal.exchange(f"pipeline, {what}", None, ranks, lambda: acts[instruction](ds, **settings))
+
+        return act
+
+    def before() -> list[int]:
+        return [ds.grid.stage_to_global(ds.prev_stage)]
+
+    def behind() -> list[int]:
+        return [ds.grid.stage_to_global(ds.next_stage)]
+
+    if CommitP2P in acts:
+        # DualPipeV: the others only queue what this one exchanges.
+        queued = noting(CommitP2P, "activations and gradients", lambda: [op.peer for op in ds._p2p_ops])
+        return acts | {CommitP2P: queued}
+    return acts | {
+        SendActivation: noting(SendActivation, "activations to the next stage", behind),
+        RecvActivation: noting(RecvActivation, "activations of the stage before", before),
+        SendGrad: noting(SendGrad, "gradients to the stage before", before),
+        RecvGrad: noting(RecvGrad, "gradients of the next stage", behind),
+    }
+
+
 class PipelineTrainEngine(TrainEngine):
     """A `TrainEngine` whose model is a stage of a pipeline. Micro-batches are the accumulation steps."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.ds._INSTRUCTION_MAP = _noted(self.ds, self.mesh.journal)
 
     def _groups(self, world: Any) -> None:
         # DeepSpeed takes the grid of the PipelineModule.

@@ -338,6 +338,7 @@ def watched(
         timeout_s=timeout_s,
         stacks_dir=stacks_dir,
         before_exit=before_exit,
+        in_stages=plan.pp > 1,
     )
     watchdog.start()
     try:

@@ -75,6 +75,7 @@ class Watchdog:
         stacks_dir: where each rank writes the stacks of its threads when the run hangs; None: to stderr.
         before_exit: called with the reason before the process ends; must be quick and must not communicate.
         interval_s: time between heartbeats.
+        in_stages: the ranks are of a pipeline, whose stages send different messages.
 
     With one process there is no store: hangs and signals are still reported.
     """
@@ -88,13 +89,12 @@ class Watchdog:
         stacks_dir: Path | None = None,
         before_exit: Callable[[str], None] = lambda reason: None,
         interval_s: float = 1.0,
+        in_stages: bool = False,
     ) -> None:
-        self.place = place
-        self.name_of = name_of
-        self.timeout_s = timeout_s
-        self.stacks_dir = stacks_dir
-        self.before_exit = before_exit
-        self.interval_s = interval_s
+        self.place, self.name_of = place, name_of
+        self.timeout_s, self.interval_s = timeout_s, interval_s
+        self.stacks_dir, self.before_exit = stacks_dir, before_exit
+        self.in_stages = in_stages
         self.prefix = f"[rank {place.rank} | {name_of(place.rank)}]"
         # Leave time for the verdict to travel before the process group's own timeout.
         self.hang_s = max(0.9 * timeout_s - 2 * interval_s, 0.5 * timeout_s)
@@ -339,8 +339,9 @@ class Watchdog:
             return None
         beats = {self.place.rank: me, **self._seen}
         working = {r: b for r, b in sorted(beats.items()) if not b.is_done}
-        least = min(b.order for b in working.values())
-        last = [r for r, b in working.items() if b.order == least]
+        # How many messages a rank has sent tells nothing of one in another stage, but who waits for one waits for somebody.
+        orders = {r: (b.marks, b.is_waiting) if self.in_stages else b.order for r, b in working.items()}
+        last = [r for r, order in orders.items() if order == min(orders.values())]
         if len(last) < len(beats):
             names = ", ".join(f"rank {r} ({self.name_of(r)})" for r in last)
             head = f"{names} hangs at step {beats[last[0]].step}: no progress for {me.age:.0f} s"
@@ -351,8 +352,7 @@ class Watchdog:
         return dataclasses.replace(self._verdict_on(text), wants_stacks=True)
 
     def _standings(self, beats: dict[int, Heartbeat]) -> list[str]:
-        now = time.monotonic()
-        silent_s = {r: now - changed for r, changed in list(self._changed.items())}
+        silent_s = {r: time.monotonic() - changed for r, changed in list(self._changed.items())}
         return tell_standings(beats, name_of=self.name_of, silent_s=silent_s, patience_s=3 * self.interval_s)
 
     def _verdict_on(self, text: str) -> Verdict:

@@ -30,14 +30,22 @@ BACKWARD = "backward, dK/dV after hop 2"
 # Longer than the others need to notice that they wait and to tell so: hops of long sequences take seconds.
 STANDS_S = 2.2
 
-WORDS = (
-    "--parallel.ring=3",
-    # Whose messages are named below.
-    "--parallel.strategy=relay",
+STAGE = "the computing of a stage"
+MICRO_BATCHES = 2
+_ALWAYS = (
     "--data.seq_len=96",
     f"--train.timeout_s={TIMEOUT_S:g}",
     "--train.steps=1000",
     "--engine.kernel=reference",
+)
+# The relay's messages are named above.
+WORDS = ("--parallel.ring=3", "--parallel.strategy=relay", *_ALWAYS)
+STAGES = (
+    "--parallel.pp=3",
+    "--model.num_layers=3",
+    f"--engine.accumulation_steps={MICRO_BATCHES}",
+    "--engine.zero_stage=0",
+    *_ALWAYS,
 )
 
 
@@ -71,6 +79,22 @@ def arm(case: str, what: str) -> None:
     RingExchange.rotate = armed  # type: ignore[method-assign]
 
 
+def arm_stage(case: str) -> None:
+    """Let it happen before a stage computes the first micro-batch of `STEP`."""
+    from longctx import pipeline
+
+    forward, met = pipeline.PipelineTransformer.forward, 0
+
+    def armed(self: Any, received: Any) -> Any:
+        nonlocal met
+        met += 1
+        if met == STEP * MICRO_BATCHES + 1:
+            befall(case)
+        return forward(self, received)
+
+    pipeline.PipelineTransformer.forward = armed  # type: ignore[method-assign]
+
+
 def _rank_main(rank: int, port: int, config: Path, case: str, what: str, folder: Path, weights: Path | None) -> None:
     log = os.open(folder / f"log{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
@@ -78,10 +102,13 @@ def _rank_main(rank: int, port: int, config: Path, case: str, what: str, folder:
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
     if rank == VICTIM:
-        arm(case, what)
+        if what == STAGE:
+            arm_stage(case)
+        else:
+            arm(case, what)
 
     def body(launch: Launch) -> None:
-        settings = load_config(config, WORDS)
+        settings = load_config(config, STAGES if what == STAGE else WORDS)
         if weights is None:
             Trainer(settings, launch).fit()
         else:

@@ -6,7 +6,7 @@ import re
 import signal
 
 import pytest
-from hang_cases import BACKWARD, FORWARD, LAYER, STEP, TIMEOUT_S, VICTIM, run_until_it_happens
+from hang_cases import BACKWARD, FORWARD, LAYER, STAGE, STEP, TIMEOUT_S, VICTIM, run_until_it_happens
 from run_cases import train, write_config
 
 from longctx.checkpoint_folder import latest_checkpoint
@@ -77,3 +77,16 @@ def test_a_rank_stuck_in_a_hop_is_the_one_that_is_behind(tmp_path):
     assert re.search(rf"{NAME} hangs at step {STEP}: no progress for .*train.timeout_s = {TIMEOUT_S:g}", report), report
     assert standing_of(VICTIM, report)[1].startswith(f"last message, arrived: layer {LAYER}, forward, K/V for hop 1")
     assert re.match(rf"waiting for \d+ s: layer {LAYER}, {FORWARD} .*from rank {VICTIM}\)", standing_of(2, report)[1])
+
+
+def test_the_stage_that_is_stuck_is_the_one_that_others_wait_for(tmp_path):
+    """Stages send different messages, so their numbers tell nothing: the first has sent most, the last least."""
+    codes, logs = run_until_it_happens(tmp_path, "stick", STAGE)
+    assert codes == [1, 1, 1], logs
+    report = one_report(logs)
+    name = rf"rank {VICTIM} \(dp0 pp{VICTIM} ring0 uly0 tp0\)"
+    assert re.search(rf"{name} hangs at step {STEP}: no progress for .*train.timeout_s = {TIMEOUT_S:g}", report), report
+    waits = r"^ +waiting for \d+ s: pipeline, {} \(with rank {}\)"
+    # A message over gloo has left when it has arrived.
+    assert re.search(waits.format("activations to the next stage", VICTIM), report, re.M), report
+    assert re.search(waits.format("activations of the stage before", VICTIM), report, re.M), report

@@ -71,24 +71,36 @@ def measured(rank: int) -> dict[str, float]:
     full = full_step(0, dp=1, accumulation=2)
     assert engine.train_step(0, shard_step(full, mesh)).telemetry is None
     mesh.journal.is_measuring = True
-    layers: set[int | None] = set()
+    layers: set[int] = set()
+    between: list[str] = []
     post = mesh.journal.post
 
     def remembering(*args, **settings):
         message = post(*args, **settings)
-        layers.add(message.layer)
+        if message.what.startswith("pipeline, "):
+            between.append(str(message).removeprefix("pipeline, "))
+        else:
+            layers.add(message.layer)
         return message
 
     with mock.patch.object(mesh.journal, "post", remembering):
         told = engine.train_step(1, shard_step(full_step(1, dp=1, accumulation=2), mesh)).telemetry
     assert told is not None
-    return asdict(told) | {"layers": sorted(layers), "area": sum(batch[0].meta.mask.area(SEQ_LEN) for batch in full)}
+    return asdict(told) | {
+        "layers": sorted(layers),
+        "between": between,
+        "area": sum(batch[0].meta.mask.area(SEQ_LEN) for batch in full),
+    }
 
 
 def test_a_pipeline_reports_the_attention_of_all_stages():
     found = run_distributed(measured, world=4, timeout_s=120)
-    layers = [of_rank.pop("layers") for of_rank in found]
+    layers, between = ([of_rank.pop(what) for of_rank in found] for what in ("layers", "between"))
     assert layers == [[0, 1], [0, 1], [2], [2]], "each stage names its own layers"
+    sent, back = "activations to the next stage (with rank 2)", "gradients of the next stage (with rank 2)"
+    assert sorted(between[0]) == sorted([sent, back] * 2)
+    came, gone = "activations of the stage before (with rank 0)", "gradients to the stage before (with rank 0)"
+    assert sorted(between[2]) == sorted([came, gone] * 2)
     assert all(of_rank == found[0] for of_rank in found), "every rank reports the same"
     got = found[0]
     # Of each layer and micro-batch: K and V of two rows of 24 tokens in fp32 forward, and again backward; dK and dV once.
