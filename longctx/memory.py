@@ -1,8 +1,8 @@
 """What training takes of one GPU's memory, estimated from the shape of the model and the plan: nothing is allocated.
 
 Counted at the moment of a step when most is held, the backward pass of a layer or of the loss, from what this library keeps and what
-DeepSpeed 0.19 holds beside it. Held against runs on H100 and H200 (`benchmarks/results/training.csv`) to 3 %; fragmentation, which
-torch's allocator adds, is left out.
+DeepSpeed 0.19 holds beside it. Held against runs on H100 and H200 (`benchmarks/results/training.csv`) to 3 %, and what a token takes
+against the account of torch's allocator to 6 %; fragmentation, which that adds, is left out.
 
 Source: Rajbhandari et al. 2020 (arXiv 1910.02054) for what ZeRO divides; Korthikanti et al. 2022 (arXiv 2205.05198) for activations.
 """
@@ -128,7 +128,9 @@ class _Rank:
             swiglu += self.tokens * size * e
             swiglu += min(self.tokens, chunk) * size * 5 * self.features + 4 * 3 * e * self.features
         # The gradients of out, q, k and v, first in fp32 and for a group of heads at a time; Ulysses packs what it sends.
-        attention = size * (again + 2 * q + 2 * kv + (q + kv) * (self.plan.ulysses > 1)) + 4 * (q + 2 * kv) // groups
+        # Without a ring the kernel rounds those of k and v itself.
+        attention = size * (again + 2 * q + 2 * kv + (q + kv) * (self.plan.ulysses > 1))
+        attention += 4 * (q + 2 * kv * (self.plan.ring > 1)) // groups
         found = max(swiglu, self.tokens * attention)
         if with_loss:
             # One chunk of logits, the gradient of the hidden state, and that of the projection in fp32.

@@ -82,7 +82,7 @@ LAYERS = (
             "checkpoint_saver",
         ),
     ),
-    ("L5 planning", ("memory",)),
+    ("L5 planning", ("attention_cost", "memory")),
     ("L5 weights", ("hf_config", "checkpoint_weights", "weights")),
     ("L6 Hugging Face", ("hf_masks", "hf_attention", "huggingface", "hf_trainer")),
     ("L6 processes", ("process", "heartbeat", "launch", "watchdog", "testing")),
