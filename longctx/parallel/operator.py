@@ -183,8 +183,10 @@ def _forward_by_groups(
     held = []
     for part in range(groups):
         heads, keys = _share(q, part, groups), _share(k, part, groups)
+        # K and V once for all hops, which send parts of them.
+        block = (x[:, :, keys].contiguous() for x in (k, v))
         out[:, :, heads], lse[:, heads], kept = forward(
-            q[:, :, heads], k[:, :, keys], v[:, :, keys], *rest, None if sinks is None else sinks[heads]
+            q[:, :, heads], *block, *rest, None if sinks is None else sinks[heads]
         )
         held.append(kept)
     return out, lse, torch.cat(held)
@@ -209,8 +211,7 @@ def _backward_by_groups(
             lse[:, heads],
             kept,
             q[:, :, heads],
-            k[:, :, keys],
-            v[:, :, keys],
+            *(x[:, :, keys].contiguous() for x in (k, v)),
             *rest,
             None if sinks is None else sinks[heads],
         )
