@@ -14,7 +14,7 @@ from longctx.masks import AttentionMask, Causal, Documents
 from longctx.model import ModelConfig, Transformer
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
-from longctx.parallel.strategy import KEPT_OPERATORS
+from longctx.parallel.strategy import KEPT_OPERATORS, ContextStrategy
 
 VOCAB, LENGTH = 61, 24
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=56)
@@ -72,16 +72,20 @@ def gradients(model: Transformer, batch: Batch) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}
 
 
-def ring_worker(rank: int, config: ModelConfig, layouts: list[str], strategies: list[str], world: int) -> list[dict]:
+def ring_worker(
+    rank: int, config: ModelConfig, layouts: list[str], strategies: list[str | ContextStrategy], world: int
+) -> list[dict]:
     results = []
     for layout, strategy in itertools.product(layouts, strategies):
-        plan = ParallelPlan(ring=world, layout=layout, strategy=strategy)
+        plan = ParallelPlan(ring=world, layout=layout, strategy=getattr(strategy, "name", strategy))
         mesh = ParallelMesh.create(plan, device="cpu")
         batch = make_batch(DOCUMENTS & Causal(), rank=rank, world=world, layout=layout)
         traffic, own = [], {}
         for recompute, offload in ((False, False), (True, False), (True, True)):
             settings = {"activation_checkpointing": recompute, "activation_offload": offload}
             model = Transformer(config, mesh=mesh, **settings).double()
+            for layer in model.model.layers:
+                layer.self_attn.attention.strategy = strategy
             before = mesh.exchange.bytes_sent
             with CountOps(*KEPT_OPERATORS) as attention:
                 grads = gradients(model, batch)

@@ -34,6 +34,7 @@ from longctx.masks import Causal, SlidingWindow
 from longctx.model import ModelConfig, Transformer
 from longctx.parallel import loss as loss_module
 from longctx.parallel.ring import RING_ATTENTION_OP
+from longctx.parallel.strategy import DirectStrategy
 from longctx.rope import RopeScaling
 from longctx.testing import run_distributed
 
@@ -311,7 +312,8 @@ def test_no_tensor_of_all_logits_exists(monkeypatch):
 def test_a_ring_computes_what_one_process_computes():
     """3 ranks, so that the order of hops matters. Recomputed layers send no message a second time, wherever what they keep lies."""
     config = ModelConfig(**SIZES, qk_norm=True, sliding_window=11, tie_embeddings=True, softcap=2.0, sinks=True)
-    layouts, strategies = ["contiguous", "zigzag", "striped"], ["relay", "direct", "gather"]
+    layouts = ["contiguous", "zigzag", "striped"]
+    strategies = ["relay", "direct", "gather", DirectStrategy(holds=False, groups=2)]
     whole = gradients(Transformer(config).double(), make_batch(DOCUMENTS & Causal()))
     results = run_distributed(ring_worker, config, layouts, strategies, 3, world=3)[0]
     assert len(results) == 3 * len(layouts) * len(strategies)
