@@ -14,8 +14,8 @@ from longctx.errors import ShapeError, format_problems
 from longctx.kernels import check_block, check_softcap, state_dtype
 from longctx.layout import SequenceMeta
 from longctx.masks import AttentionMask
-from longctx.parallel.chunks import resolve_chunks
-from longctx.parallel.cost import Shape
+from longctx.parallel.chunks import resolve_split
+from longctx.parallel.cost import Shape, Split
 from longctx.parallel.degrees import ulysses_problems
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.schedule import RingSchedule
@@ -65,10 +65,10 @@ def over_ranks(function: Callable[..., Tensor | tuple[Tensor, Tensor]]) -> Atten
 
 
 class Agreed(NamedTuple):
-    """What decides which messages a call sends: the strategy of the ring, and in how many chunks heads are exchanged."""
+    """What decides which messages a call sends: the strategy of the ring, and how heads are exchanged."""
 
     strategy: ContextStrategy
-    chunks: int
+    split: Split
 
 
 def agree(
@@ -109,9 +109,9 @@ def agree(
         softcap=check_softcap(softcap),
         in_one_node=mesh.ring_in_one_node,
     )
-    chunks = 1
+    split = Split()
     if ulysses > 1:
-        chunks = resolve_chunks(
+        split = resolve_split(
             mesh.plan.ulysses_chunks,
             chosen,
             schedule,
@@ -123,9 +123,9 @@ def agree(
             in_one_node=mesh.ulysses_in_one_node,
         )
     if mesh.sp.size > 1:
-        in_chunks = f", heads in {chunks} chunks" if ulysses > 1 else ""
+        in_chunks = f", heads in {split}" if ulysses > 1 else ""
         mesh.agreement.check(schedule, q, k, extra=f"{chosen}{in_chunks}")
-    return Agreed(chosen, chunks)
+    return Agreed(chosen, split)
 
 
 def check_ring(meta: SequenceMeta, mesh: ParallelMesh) -> None:

@@ -238,7 +238,8 @@ def ulysses_attention(
     `ring_attention` does on the ring shard that they so get, and exchange the result back: in chunks of their heads, so that
     attention with one hides the messages of its neighbours (`longctx.parallel.ulysses`); how many is what is estimated to be
     fastest, or `ParallelPlan.ulysses_chunks`. Collective over both axes, backward too.
-    `longctx.parallel.schedule.ulysses_comm_bytes` counts the messages. Memory while it runs: q, k, v and out once more.
+    `longctx.parallel.schedule.ulysses_comm_bytes` counts the messages. Memory while it runs: q, k, v and out once more; they stay
+    for the backward pass, or where that costs next to nothing are sent again.
 
     Args:
         q: "b s h d", this rank's shard, in the order of `meta.positions`; s = meta.local_len, padding included. h is a
@@ -271,7 +272,7 @@ def ulysses_attention(
         check_sinks(sinks, q)
         # Rank j attends with the j-th share of the heads.
         sinks = sinks.unflatten(0, (world, -1))[mesh.ulysses.rank]
-    chosen, chunks = agree(q, k, v, meta, mesh, strategy, kernel, softcap)
+    chosen, split = agree(q, k, v, meta, mesh, strategy, kernel, softcap)
     if world == 1:
         return _over_ring(q, k, v, meta, mesh, scale, softcap, sinks, kernel, chosen, return_lse)
     schedule = _schedule(meta.padded_mask, meta.layout, meta.ring_rank, meta.ring_world, meta.padded_len)
@@ -279,14 +280,15 @@ def ulysses_attention(
         q,
         k,
         v,
-        plan=chosen.plan(schedule, keys_of_chunk(axes["hk"], world, chunks)),
+        plan=chosen.plan(schedule, keys_of_chunk(axes["hk"], world, split.chunks)),
         scheme=chosen.name,
         kernel=kernel,
         scale=_scale(scale, q),
         ring=mesh.ring_handle,
         heads=mesh.head_handle,
         world=world,
-        chunks=chunks,
+        chunks=split.chunks,
+        holds=split.holds,
         softcap=softcap,
         sinks=sinks,
         with_lse=return_lse,

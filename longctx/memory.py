@@ -103,7 +103,8 @@ class _Rank:
         size, q, kv = self.itemsize, self.q, self.kv
         lse = 4 * self.model.num_heads // self.plan.tp
         attention = size * q + lse + round(self.attention.held * self.ring_keys)
-        exchanged = size * 2 * q + self.ring_keys if self.plan.ulysses > 1 else 0
+        # q, k, v and out once more, of the heads of a Ulysses rank.
+        exchanged = round(self.attention.exchanged * (size * 2 * q + self.ring_keys))
         if self.engine.activation_checkpointing:
             summed = self.model.hidden_size if self.plan.tp > 1 and not self.plan.shard_norms else 0
             return size * (self.residual + summed) + attention + exchanged
@@ -127,9 +128,11 @@ class _Rank:
             # The gradient of its input, whole, and the sums of the weights' gradients.
             swiglu += self.tokens * size * e
             swiglu += min(self.tokens, chunk) * size * 5 * self.features + 4 * 3 * e * self.features
-        # The gradients of out, q, k and v, first in fp32 and for a group of heads at a time; Ulysses packs what it sends.
+        # The gradients of out, q, k and v, first in fp32 and for a group of heads at a time; Ulysses packs what it sends, and
+        # has what it did not keep once more.
         # Without a ring the kernel rounds those of k and v itself.
-        attention = size * (again + 2 * q + 2 * kv + (q + kv) * (self.plan.ulysses > 1))
+        packed = (q + kv + (1 - self.attention.exchanged) * (2 * q + 2 * kv)) if self.plan.ulysses > 1 else 0
+        attention = round(size * (again + 2 * q + 2 * kv + packed / groups))
         attention += 4 * (q + 2 * kv * (self.plan.ring > 1)) // groups
         found = max(swiglu, self.tokens * attention)
         if with_loss:

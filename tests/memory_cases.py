@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from longctx import model, offload, rope
+from longctx import calls, model, offload, rope
 from longctx.data import ShardedBatch
 from longctx.kernels import SoftmaxState
 from longctx.kernels.reference import ReferenceAttention
@@ -20,6 +20,7 @@ from longctx.layout import SequenceMeta
 from longctx.model import Transformer
 from longctx.model_config import ModelConfig
 from longctx.parallel import ring
+from longctx.parallel.cost import Split
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.strategy import ContextStrategy
@@ -81,9 +82,13 @@ def _row_delta(out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
 
 
 def bytes_of_tokens(
-    rank: int, plan: ParallelPlan, strategy: ContextStrategy | None, settings: dict[str, Any]
+    rank: int, plan: ParallelPlan, way: ContextStrategy | Split | None, settings: dict[str, Any]
 ) -> tuple[float, float]:
-    """Bytes of one more token at the peak of a step, and of these the buffers of messages."""
+    """Bytes of one more token at the peak of a step, and of these the buffers of messages.
+
+    Args:
+        way: how the ring's ranks see each other's keys, or how Ulysses exchanges heads; None: nothing is sent.
+    """
     torch.set_num_threads(1)
     mesh = ParallelMesh.create(plan, device="cpu")
     patches = [
@@ -100,9 +105,15 @@ def bytes_of_tokens(
         patch.start()
     net = Transformer(CONFIG, mesh=mesh, kernel="reference", activation_checkpointing=True, **settings)
     net.to(torch.bfloat16)
-    if strategy is not None:
+    if isinstance(way, Split):
+
+        def always(*args: Any, **rest: Any) -> Split:
+            return way
+
+        mock.patch.object(calls, "resolve_split", always).start()
+    elif way is not None:
         for layer in net.model.layers:
-            layer.self_attn.attention.strategy = strategy
+            layer.self_attn.attention.strategy = way
     peaks = [_peak(net, mesh, tokens) for tokens in TOKENS]
     return tuple((b - a) / (TOKENS[1] - TOKENS[0]) for a, b in zip(*peaks, strict=True))  # type: ignore[return-value]
 

@@ -10,7 +10,7 @@ from memory_cases import CONFIG, TOKENS, bytes_of_tokens
 from longctx.engine_config import EngineConfig
 from longctx.memory import _rank
 from longctx.offload import LAYERS_HELD
-from longctx.parallel.cost import Estimate
+from longctx.parallel.cost import Estimate, Split
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.strategy import DirectStrategy
 from longctx.testing import run_distributed
@@ -22,20 +22,25 @@ CASES = {
     "ring-held": (ParallelPlan(ring=3), DirectStrategy(), {}),
     "ring-again": (ParallelPlan(ring=3), DirectStrategy(holds=False), {}),
     "ring-groups-far": (ParallelPlan(ring=3), DirectStrategy(holds=False, groups=4), FAR),
-    "ulysses": (ParallelPlan(ulysses=2), None, {}),
+    "ulysses-held": (ParallelPlan(ulysses=2), Split(), {}),
+    "ulysses-again": (ParallelPlan(ulysses=2), Split(chunks=2, holds=False), {}),
+    "ulysses-again-far": (ParallelPlan(ulysses=2), Split(chunks=4, holds=False), FAR),
 }
 
 
-def estimated(plan: ParallelPlan, strategy: DirectStrategy | None, settings: dict) -> tuple[float, float]:
+def estimated(plan: ParallelPlan, way: DirectStrategy | Split | None, settings: dict) -> tuple[float, float]:
     """Bytes of one more token, and of these the buffers."""
     engine = EngineConfig(activation_checkpointing=True, dtype="bf16", zero_stage=0, **settings)
     plan, found = plan.resolve(plan.sp), []
     for tokens in TOKENS:
         rank = _rank(CONFIG, engine, plan, tokens * plan.sp, "cpu", None)
-        if strategy is not None:
-            # Whatever is best for so few tokens: of zigzag and a causal mask one rank sees all keys of another.
-            attention = Estimate(1.0, 0.0, held=strategy.holds, moving=1 / strategy.groups, groups=strategy.groups)
+        # Whatever is best for so few tokens.
+        if isinstance(way, DirectStrategy):
+            # With zigzag and a causal mask one rank sees all keys of another.
+            attention = Estimate(1.0, 0.0, held=way.holds, moving=1 / way.groups, groups=way.groups)
             rank = replace(rank, attention=attention)
+        elif isinstance(way, Split):
+            rank = replace(rank, attention=Estimate(1.0, 0.0, exchanged=float(way.holds), groups=way.chunks))
         layers = LAYERS_HELD if engine.activation_offload else CONFIG.num_layers
         kept = layers * rank.kept_by_layer() * rank.tokens
         found.append((kept + rank.working(with_loss=False) + rank.message_buffers(), rank.message_buffers()))
@@ -44,10 +49,10 @@ def estimated(plan: ParallelPlan, strategy: DirectStrategy | None, settings: dic
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_token_takes_is_what_is_estimated(name):
-    plan, strategy, settings = CASES[name]
-    found = run_distributed(bytes_of_tokens, plan, strategy, settings, world=plan.sp)
+    plan, way, settings = CASES[name]
+    found = run_distributed(bytes_of_tokens, plan, way, settings, world=plan.sp)
     got, buffers = (max(of_rank) for of_rank in zip(*found, strict=True))
-    all_of_it, of_buffers = estimated(plan, strategy, settings)
+    all_of_it, of_buffers = estimated(plan, way, settings)
     assert all_of_it == pytest.approx(got, rel=0.06)
     # What comes home may be less than what is there room for.
     assert 0.75 * of_buffers <= buffers <= of_buffers

@@ -1,4 +1,5 @@
-"""In how many chunks a Ulysses rank's heads are exchanged: more hide more of the messages, and each is one more call of the kernel."""
+"""How a Ulysses rank's heads are exchanged: more chunks hide more of the messages, and each is one more call of the kernel; what
+stays for the backward pass need not come again."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longctx.errors import PlanError, ShapeError, format_problems
-from longctx.parallel.cost import Shape, exchange_estimate, hop_shares
+from longctx.parallel.cost import Shape, Split, exchange_estimates, hop_shares, ranked
 from longctx.parallel.degrees import chunk_problems, possible_chunks
 from longctx.parallel.schedule import RingSchedule
 from longctx.parallel.strategy import ContextStrategy, kernel_rates, log_choice, stand_in
@@ -22,7 +23,7 @@ def keys_of_chunk(num_kv_heads: int, ulysses: int, chunks: int) -> int:
     return max(1, max(num_kv_heads, ulysses) // ulysses // chunks)
 
 
-def resolve_chunks(
+def resolve_split(
     chunks: int | None,
     strategy: ContextStrategy,
     schedule: RingSchedule,
@@ -33,8 +34,9 @@ def resolve_chunks(
     kernel: str = "auto",
     softcap: float = 0.0,
     in_one_node: bool,
-) -> int:
-    """`chunks` itself; None: what `choose_chunks` finds fastest, logged once for every kind of call.
+) -> Split:
+    """`chunks` of them, or None: as many as are best; and whether anything stays for the backward pass. By `choose_split`, logged
+    once for every kind of call.
 
     Args:
         strategy, schedule: of the ring inside.
@@ -51,8 +53,8 @@ def resolve_chunks(
         )
         if problems:
             raise ShapeError(format_problems("these heads", problems))
-        return chunks
-    chosen, why = choose_chunks(
+    chosen, why = choose_split(
+        chunks,
         strategy,
         schedule,
         shape,
@@ -68,7 +70,8 @@ def resolve_chunks(
 
 
 @lru_cache(maxsize=64)
-def choose_chunks(
+def choose_split(
+    chunks: int | None,
     strategy: ContextStrategy,
     schedule: RingSchedule,
     shape: Shape,
@@ -79,26 +82,31 @@ def choose_chunks(
     kernel: str = "auto",
     softcap: float = 0.0,
     in_one_node: bool,
-) -> tuple[int, str]:
-    """The number of chunks that `exchange_estimate` finds fastest, and why, as a line for a log; the same on every rank.
+) -> tuple[Split, str]:
+    """What `exchange_estimates` finds fastest, or hardly slower and holding nothing, and why, as a line for a log; the same on
+    every rank.
 
-    Arguments and errors as `resolve_chunks`; remembered.
+    Arguments and errors as `resolve_split`; remembered.
     """
     first = RingSchedule.build(schedule.mask, schedule.layout, 0, schedule.world, schedule.seq_len)
     plan = strategy.plan(first, shape.num_kv_heads)
     rates = kernel_rates(first, plan.hops, plan.rows, stand_in(shape, device, dtype), kernel, softcap)
     hops = hop_shares(schedule.mask, schedule.layout, schedule.world, schedule.seq_len)
-    found = {
-        n: exchange_estimate(shape, hops, rates, ulysses=ulysses, chunks=n, in_one_node=in_one_node)
-        for n in possible_chunks(shape.num_heads, shape.num_kv_heads, ring=schedule.world)
-        if n <= MAX_CHUNKS and _serves(strategy, schedule, max(1, shape.num_kv_heads // n))
-    }
-    # Among equals the one with fewer calls.
-    chosen = min(found, key=lambda n: (found[n].total, n))
-    told = ", ".join(f"{n} +{1e3 * e.total:.2f} ms ({1e3 * e.exposed:.2f} of it waiting)" for n, e in found.items())
+    if chunks is None:
+        possible = [
+            n
+            for n in possible_chunks(shape.num_heads, shape.num_kv_heads, ring=schedule.world)
+            if n <= MAX_CHUNKS and _serves(strategy, schedule, max(1, shape.num_kv_heads // n))
+        ]
+    else:
+        possible = [chunks]
+    found = exchange_estimates(shape, hops, rates, ulysses=ulysses, chunks=possible, in_one_node=in_one_node)
+    # Among equals the one with fewer calls, which comes first.
+    order = ranked(found)
+    told = "; ".join(f"{s}: {1e3 * found[s].total:.2f} ms ({1e3 * found[s].exposed:.2f} of it waiting)" for s in order)
     where = "one node" if in_one_node else "several nodes"
-    return chosen, (
-        f"{chosen} chunk{'s' * (chosen > 1)} of {shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim} a rank, "
+    return order[0], (
+        f"{order[0]} for {shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim} a rank, "
         f"{shape.local_len:_} tokens over {ulysses} ranks, {where}; estimated, forward and backward: {told}"
     )
 

@@ -125,6 +125,7 @@ class Estimate:
         held: what stays for the backward pass, as a share of a rank's keys and values.
         moving: the keys of one message, likewise.
         groups: of heads, one after the other.
+        exchanged: what Ulysses brought to a rank's heads and stays for the backward pass: 1 for all, 0 for nothing.
     """
 
     total: float
@@ -132,6 +133,7 @@ class Estimate:
     held: float = 0.0
     moving: float = 0.0
     groups: int = 1
+    exchanged: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -205,28 +207,68 @@ def estimates(
     return found
 
 
-def exchange_estimate(
-    shape: Shape, hops: tuple[HopShares, ...], rates: Rates, *, ulysses: int, chunks: int, in_one_node: bool
-) -> Estimate:
-    """What exchanging heads adds to attention with them: of its messages what nothing hides, and the calls of kernels that
-    chunks cost.
+class Split(NamedTuple):
+    """How heads are exchanged.
+
+    Args:
+        chunks: of a rank's heads, one after the other.
+        holds: whether what came for the forward pass stays for the backward pass, or comes again.
+    """
+
+    chunks: int = 1
+    holds: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.chunks} chunk{'s' * (self.chunks > 1)}" + ", holding nothing" * (not self.holds)
+
+
+def exchange_estimates(
+    shape: Shape,
+    hops: tuple[HopShares, ...],
+    rates: Rates,
+    *,
+    ulysses: int,
+    chunks: Iterable[int],
+    in_one_node: bool,
+) -> dict[Split, Estimate]:
+    """Of attention with exchanged heads, without what the ring inside waits for: products, messages that nothing hides, and the
+    calls of kernels that chunks cost.
 
     Args:
         shape: of attention with the heads of one rank, all of its tokens.
         hops: `hop_shares` of the ring inside.
         rates: of the kernels that the ring inside runs.
-        ulysses: ranks that exchange; chunks: of a rank's heads.
+        ulysses: ranks that exchange; chunks: numbers of them to consider.
     """
+    return {
+        Split(n, holds): _exchange(shape, hops, rates, ulysses, Split(n, holds), in_one_node)
+        for n in chunks
+        for holds in (True, False)
+    }
+
+
+def _exchange(
+    shape: Shape, hops: tuple[HopShares, ...], rates: Rates, ulysses: int, split: Split, in_one_node: bool
+) -> Estimate:
+    chunks = split.chunks
     speed = NODE_BYTES if in_one_node else NETWORK_BYTES
     away = shape.batch * shape.local_len * shape.head_dim * shape.itemsize * (ulysses - 1) / ulysses / chunks
     outputs = MESSAGE_S + away * shape.num_heads / speed
     inputs = MESSAGE_S + away * (shape.num_heads + 2 * shape.num_kv_heads) / speed
     forward = _products(shape) * sum(hop.area for hop in hops) / rates.forward / chunks
     backward = BACKWARD * forward * rates.forward / rates.backward
+    again = 0.0 if split.holds else inputs + outputs
     # The first message in and the last one out; of the others what takes longer than attention with one chunk.
-    hidden = sum(max(0.0, inputs + outputs - work) for work in (forward, backward))
-    exposed = 2 * (inputs + outputs) + (chunks - 1) * hidden
-    return Estimate(exposed + 2 * (chunks - 1) * len(hops) * LAUNCH_S, exposed)
+    hidden = max(0.0, inputs + outputs - forward) + max(0.0, inputs + outputs + again - backward)
+    exposed = 2 * (inputs + outputs) + again + (chunks - 1) * hidden
+    total = chunks * (forward + backward) + exposed + 2 * (chunks - 1) * len(hops) * LAUNCH_S
+    return Estimate(total, exposed, held=float(split.holds), exchanged=float(split.holds))
+
+
+def attention_seconds(shape: Shape, hops: Sequence[HopShares], rates: Rates) -> float:
+    """Of the products alone, forward and backward."""
+    area = sum(hop.area for hop in hops)
+    return _products(shape) * area * (1 / rates.forward + BACKWARD / rates.backward)
 
 
 def _products(shape: Shape) -> int:

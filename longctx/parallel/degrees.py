@@ -18,8 +18,9 @@ from longctx.parallel.cost import (
     Estimate,
     Rates,
     Shape,
+    attention_seconds,
     estimates,
-    exchange_estimate,
+    exchange_estimates,
     hop_shares,
     ranked,
 )
@@ -271,15 +272,25 @@ def attention_estimate(
     if ulysses == 1:
         return best
     possible = possible_chunks(shape.num_heads, shape.num_kv_heads, ring=ring) if chunks is None else [chunks]
-    exchange = min(
-        (
-            exchange_estimate(shape, hops, rates, ulysses=ulysses, chunks=n, in_one_node=ulysses_in_one_node)
-            for n in possible
-            if n <= _PARTS or chunks is not None
-        ),
-        key=lambda e: e.total,
+    splits = exchange_estimates(
+        shape,
+        hops,
+        rates,
+        ulysses=ulysses,
+        chunks=[n for n in possible if n <= _PARTS or chunks is not None],
+        in_one_node=ulysses_in_one_node,
     )
-    return replace(best, total=best.total + exchange.total, exposed=best.exposed + exchange.exposed)
+    split = ranked(splits)[0]
+    exchange = splits[split]
+    # Both count the products.
+    added = exchange.total - attention_seconds(shape, hops, rates)
+    return replace(
+        best,
+        total=best.total + added,
+        exposed=best.exposed + exchange.exposed,
+        exchanged=exchange.exchanged,
+        groups=best.groups * split.chunks,
+    )
 
 
 def _split(ring: int, ulysses: int) -> str:

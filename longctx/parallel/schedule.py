@@ -171,6 +171,7 @@ def ulysses_comm_bytes(
     head_dim: int,
     itemsize: int,
     lse_itemsize: int = 0,
+    holds: bool = True,
 ) -> CommBytes:
     """What each rank sends to the other Ulysses ranks; a ring inside comes on top, with `1 / ulysses` of the key heads.
 
@@ -179,13 +180,15 @@ def ulysses_comm_bytes(
         num_heads, num_kv_heads: before they are divided; key heads fewer than ranks are repeated on the wire.
         itemsize: bytes of one element of q, k, v, out and of their gradients.
         lse_itemsize: bytes of one element of lse, where it is asked for and has a gradient.
+        holds: whether what came for the forward pass stays for the backward pass. Else all of it is sent again.
 
     Of the queries, keys, values and outputs of its tokens a rank keeps one share of the heads and sends the others.
     """
     heads = 2 * num_heads + 2 * max(num_kv_heads, ulysses)
-    payload = batch * local_len * (heads * head_dim * itemsize + num_heads * lse_itemsize)
-    sent = payload // ulysses * (ulysses - 1)
-    return CommBytes(sent, sent)
+    inputs = batch * local_len * heads * head_dim * itemsize
+    payload = inputs + batch * local_len * num_heads * lse_itemsize
+    forward, again = (x // ulysses * (ulysses - 1) for x in (payload, inputs))
+    return CommBytes(forward, forward + (0 if holds else again))
 
 
 @lru_cache(maxsize=CACHED_SCHEDULES)

@@ -41,7 +41,7 @@ from longctx.parallel.operator import SCHEMES, RingPlan
 
 _RING_ARGUMENTS = (
     "Tensor hops, Tensor rows, Tensor moves, Tensor pieces, Tensor order, SymInt size, SymInt groups, str kernel, float scale,"
-    " str exchange, float softcap, Tensor? sinks, str scheme, str heads, SymInt world, SymInt chunks"
+    " str exchange, float softcap, Tensor? sinks, str scheme, str heads, SymInt world, SymInt chunks, bool holds"
 )
 
 
@@ -93,6 +93,7 @@ def exchanged_attention(
     heads: str,
     world: int,
     chunks: int,
+    holds: bool = True,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     with_lse: bool = False,
@@ -105,6 +106,8 @@ def exchanged_attention(
         plan: of the ring inside, for the key heads of one chunk; `scheme`: the name of its strategy.
         ring: handle of the ring's `RingExchange`; heads: of the `HeadExchange` of `world` ranks, at least two.
         chunks: of this rank's heads, one of `longctx.parallel.degrees.possible_chunks`.
+        holds: whether q, k, v and out of this rank's heads stay for the backward pass. Else they are sent again, from what
+            autograd and the caller keep of the local tokens.
         sinks: [h / world], of this rank's heads.
 
     Returns:
@@ -112,7 +115,7 @@ def exchanged_attention(
     """
     out, lse, _ = ULYSSES_ATTENTION_OP(
         q, repeat_heads(k, world), repeat_heads(v, world), *plan, kernel, scale, ring, softcap, sinks, scheme, heads, world,
-        chunks, with_lse,
+        chunks, holds, with_lse,
     )  # fmt: skip
     return out, lse
 
@@ -151,10 +154,11 @@ def _ulysses_attention(
     heads: str,
     world: int,
     chunks: int,
+    holds: bool,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """out, lse (empty if not asked for), and of each chunk what backward needs: q, k and v packed as they came, out, lse, and
-    what the scheme holds. Arguments as `exchanged_attention`; here hk is a multiple of `world`."""
+    """out, lse (empty if not asked for), and of each chunk what backward needs: q, k and v packed as they came and out (both empty
+    without `holds`), lse, and what the scheme holds. Arguments as `exchanged_attention`; here hk is a multiple of `world`."""
     todo = head_chunks(q.shape[2] // world, k.shape[2] // world, chunks)
     mail = _Mail(heads, world, chunks)
     rest = (hops, rows, moves, pieces, order, size, groups, kernel, scale, exchange, softcap)
@@ -174,7 +178,7 @@ def _ulysses_attention(
         whole = _whole(coming.wait())
         mine, block = _unpack(whole, chunk, block)
         out, lse, held = SCHEMES[scheme].forward(mine, *block, *rest, _of(sinks, chunk))
-        kept += [whole, out, lse, held]
+        kept += [whole, out, lse, held] if holds else [q.new_empty(0), q.new_empty(0), lse, held]
         sent = [mail.to_tokens([out], [(result, chunk.queries)], "forward, output to tokens", i)]
         if with_lse:
             target = (result_lse.transpose(1, 2), chunk.queries)
@@ -190,13 +194,14 @@ def _ulysses_attention(
 @torch.library.custom_op(
     "longctx::ulysses_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor? dlse, Tensor[] kept, {_RING_ARGUMENTS}, SymInt num_kv_heads)"
+    schema=f"(Tensor dout, Tensor? dlse, Tensor[] kept, Tensor[] again, {_RING_ARGUMENTS}, SymInt num_kv_heads)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _ulysses_attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
     kept: Sequence[Tensor],
+    again: Sequence[Tensor],
     hops: Tensor,
     rows: Tensor,
     moves: Tensor,
@@ -213,9 +218,14 @@ def _ulysses_attention_backward(
     heads: str,
     world: int,
     chunks: int,
+    holds: bool,
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv "b s h d", contiguous; dsinks of this rank's heads, empty without sinks."""
+    """dq, dk, dv "b s h d", contiguous; dsinks of this rank's heads, empty without sinks.
+
+    Args:
+        again: without `holds` q, k, v and out of the local tokens, all heads.
+    """
     todo = head_chunks(dout.shape[2] // world, num_kv_heads // world, chunks)
     mail = _Mail(heads, world, chunks)
     rest = (hops, rows, moves, pieces, order, size, groups, kernel, scale, exchange, softcap)
@@ -224,7 +234,12 @@ def _ulysses_attention_backward(
     dsinks: list[Tensor] = []
 
     def send(i: int) -> list[Rotation]:
-        sent = [mail.to_heads([(dout, todo[i].queries)], "backward, gradient of output to tokens", i)]
+        sent = []
+        if not holds:
+            q, k, v, out = again
+            parts = [(q, todo[i].queries), *((x, todo[i].keys) for x in (k, v) if todo[i].is_first)]
+            sent.append(mail.to_heads([*parts, (out, todo[i].queries)], "backward, Q/K/V and output to heads", i))
+        sent.append(mail.to_heads([(dout, todo[i].queries)], "backward, gradient of output to tokens", i))
         if dlse is not None:
             parts = [(dlse.transpose(1, 2), todo[i].queries)]
             sent.append(mail.to_heads(parts, "backward, gradient of lse to tokens", i))
@@ -238,6 +253,9 @@ def _ulysses_attention_backward(
         following = send(i + 1) if i + 1 < chunks else []
         arrived = [_whole(flying.wait()) for flying in coming]
         whole, out, lse, held = kept[4 * i : 4 * i + 4]
+        if not holds:
+            came, n = arrived.pop(0), _size(chunk.queries)
+            whole, out = came[:, :, :-n], came[:, :, -n:]
         mine, block = _unpack(whole, chunk, block)
         mine_dlse = arrived[1].transpose(1, 2).contiguous() if dlse is not None else None
         grads = SCHEMES[scheme].backward(
@@ -262,15 +280,15 @@ def _ulysses_attention_backward(
 
 @_ulysses_attention.register_fake
 def _(q, k, v, hops, rows, moves, pieces, order, size, groups, kernel, scale, exchange, softcap, sinks, scheme, heads, world,
-      chunks, with_lse):  # fmt: skip
+      chunks, holds, with_lse):  # fmt: skip
     b, s, _, d = q.shape
     kept = []
     for chunk in head_chunks(q.shape[2] // world, k.shape[2] // world, chunks):
         n, keys = _size(chunk.queries), _size(chunk.keys)
         block = k.new_empty((b, s * world, keys, d))
         kept += [
-            q.new_empty((b, s * world, n + 2 * keys * chunk.is_first, d)),
-            q.new_empty((b, s * world, n, d)),
+            q.new_empty((b, s * world, n + 2 * keys * chunk.is_first, d) if holds else (0,)),
+            q.new_empty((b, s * world, n, d) if holds else (0,)),
             q.new_empty((b, n, s * world), dtype=state_dtype(q.dtype)),
             k.new_empty(SCHEMES[scheme].held_shape(block, hops, size, groups)),
         ]
@@ -279,33 +297,35 @@ def _(q, k, v, hops, rows, moves, pieces, order, size, groups, kernel, scale, ex
 
 
 @_ulysses_attention_backward.register_fake
-def _(dout, dlse, kept, hops, rows, moves, pieces, order, size, groups, kernel, scale, exchange, softcap, sinks, scheme, heads,
-      world, chunks, num_kv_heads):  # fmt: skip
+def _(dout, dlse, kept, again, hops, rows, moves, pieces, order, size, groups, kernel, scale, exchange, softcap, sinks, scheme,
+      heads, world, chunks, holds, num_kv_heads):  # fmt: skip
     dsinks = dout.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     dk, dv = (dout.new_empty(_key_shape(dout, num_kv_heads)) for _ in range(2))
     return dout.new_empty(dout.shape), dk, dv, dsinks
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, _, *plan, ctx.size, ctx.groups, ctx.kernel, ctx.scale, ctx.exchange, ctx.softcap, sinks, ctx.scheme, ctx.heads, \
-        ctx.world, ctx.chunks, _ = inputs  # fmt: skip
+    q, k, v, *plan, ctx.size, ctx.groups, ctx.kernel, ctx.scale, ctx.exchange, ctx.softcap, sinks, ctx.scheme, ctx.heads, \
+        ctx.world, ctx.chunks, ctx.holds, _ = inputs  # fmt: skip
     ctx.num_kv_heads = k.shape[2]
     ctx.out_like = q.shape, q.dtype, q.device
-    ctx.save_for_backward(sinks, *plan, *output[2])
+    ctx.num_kept = len(output[2])
+    ctx.save_for_backward(sinks, *plan, *output[2], *(() if ctx.holds else (q, k, v, output[0])))
     ctx.mark_non_differentiable(*output[2])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dout, dlse, _):
-    sinks, hops, rows, moves, pieces, order, *kept = ctx.saved_tensors
+    sinks, hops, rows, moves, pieces, order, *saved = ctx.saved_tensors
+    kept, again = saved[: ctx.num_kept], saved[ctx.num_kept :]
     if dout is None:
         shape, dtype, device = ctx.out_like
         dout = torch.zeros(shape, dtype=dtype, device=device)
     dq, dk, dv, dsinks = _BACKWARD_OP(
-        dout, dlse, kept, hops, rows, moves, pieces, order, ctx.size, ctx.groups, ctx.kernel, ctx.scale, ctx.exchange,
-        ctx.softcap, sinks, ctx.scheme, ctx.heads, ctx.world, ctx.chunks, ctx.num_kv_heads,
+        dout, dlse, kept, again, hops, rows, moves, pieces, order, ctx.size, ctx.groups, ctx.kernel, ctx.scale, ctx.exchange,
+        ctx.softcap, sinks, ctx.scheme, ctx.heads, ctx.world, ctx.chunks, ctx.holds, ctx.num_kv_heads,
     )  # fmt: skip
-    return dq, dk, dv, *[None] * 11, None if sinks is None else dsinks, *[None] * 5
+    return dq, dk, dv, *[None] * 11, None if sinks is None else dsinks, *[None] * 6
 
 
 _ulysses_attention.register_autograd(_differentiate, setup_context=_setup_context)

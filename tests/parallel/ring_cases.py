@@ -84,6 +84,8 @@ class Case:
     # Whether the loss depends on lse too.
     lse_gradient: bool = True
     strategy: str | ContextStrategy | None = "relay"
+    # Of Ulysses: whether what came for the forward pass is expected to stay.
+    holds: bool = True
 
     def __str__(self) -> str:
         parts = [self.mask, self.layout, str(self.dtype).removeprefix("torch."), self.heads, self.kernel]
@@ -251,6 +253,7 @@ def _predicted(mesh: ParallelMesh, case: Case, schedule: RingSchedule, local_len
             head_dim=case.head_dim,
             itemsize=case.dtype.itemsize,
             lse_itemsize=lse.itemsize if with_lse else 0,
+            holds=case.holds,
         )
         for with_lse in (True, case.lse_gradient)
     )

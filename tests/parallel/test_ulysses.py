@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from ring_cases import BATCH, HEADS, LAYOUTS, MASKS, Case, Report, odd_cases, run_case
 
-from longctx import functional
+from longctx import calls, functional
 from longctx import model as model_module
 from longctx.attention import ParallelAttention
 from longctx.errors import DistributedError, ShapeError
@@ -239,6 +240,36 @@ def in_chunks(name_of_plan: str) -> dict[str, InChunks]:
     return found
 
 
+@contextlib.contextmanager
+def nothing_held():
+    """In calls within it, as in those of very long sequences, heads are sent again for the backward pass."""
+    resolve = calls.resolve_split
+    with mock.patch.object(calls, "resolve_split", lambda *args, **rest: resolve(*args, **rest)._replace(holds=False)):
+        yield
+
+
+def sent_again(mesh: ParallelMesh, name: str) -> dict[str, object]:
+    """Attention with nothing held, heads at once and in chunks, and a model around it."""
+    plan, heads, _ = PLANS[name]
+    cases = [
+        Case(mask, layout, dtype, heads=heads, lse_gradient=with_lse, holds=False)
+        for mask, layout, dtype, with_lse in (
+            ("causal", "zigzag", torch.float64, True),
+            ("own_docs_causal", "striped4", torch.bfloat16, True),
+            ("window", "balanced", torch.float32, False),
+        )
+    ]
+    with nothing_held():
+        found: dict[str, object] = {str(case): run_case(mesh, case) for case in cases}
+        for what, chunks, grouping, strategy in CHUNKED.get(name, ()):
+            HEADS["chunked"] = grouping
+            cut = ParallelMesh.create(replace(plan, ulysses_chunks=chunks), device="cpu")
+            found[what] = run_case(
+                cut, Case("own_docs_causal", "zigzag", heads="chunked", strategy=strategy, holds=False)
+            )
+        return {"reports": found, "model": traffic_of_a_model(mesh)}
+
+
 def refusals(mesh: ParallelMesh) -> dict[str, str]:
     """What is said, before anything is sent, to shards and metas that do not fit."""
     u, n = mesh.ulysses.rank, mesh.ulysses.size
@@ -246,7 +277,7 @@ def refusals(mesh: ParallelMesh) -> dict[str, str]:
     other = replace(meta, ulysses_rank=(u + 1) % n)
     x = torch.zeros(1, meta.local_len, n, 4)
     odd = torch.zeros(1, meta.local_len, n + 1, 4)
-    calls = {
+    wrong = {
         "heads": lambda: functional.ulysses_attention(odd, odd, odd, meta=meta, mesh=mesh),
         "rank": lambda: functional.ulysses_attention(x, x, x, meta=other, mesh=mesh),
         "length": lambda: functional.ulysses_attention(x[:, 1:], x[:, 1:], x[:, 1:], meta=meta, mesh=mesh),
@@ -255,7 +286,7 @@ def refusals(mesh: ParallelMesh) -> dict[str, str]:
     }
     said = {}
     before = mesh.head_exchange.bytes_sent
-    for name, call in calls.items():
+    for name, call in wrong.items():
         try:
             call()
         except ShapeError as error:
@@ -274,6 +305,7 @@ def worker(rank: int, name: str) -> dict[str, object]:
     found["refused"] = refusals(mesh)
     found["module"] = repr(ParallelAttention(mesh))
     found["chunks"] = in_chunks(name)
+    found["again"] = sent_again(mesh, name)
     meta = meta_of(mesh)
     x = torch.ones(1, meta.local_len, 2 * mesh.ulysses.size, 4, requires_grad=True)
     sent = functional.ulysses_attention(x, x, x, meta=meta, mesh=mesh)
@@ -290,6 +322,20 @@ def found(request) -> tuple[str, list[dict]]:
     """A plan, and what each of its ranks found."""
     plan = PLANS[request.param][0]
     return request.param, run_distributed(worker, request.param, world=plan.sp, plan=plan)
+
+
+def test_what_is_sent_again_gives_the_same(found):
+    name, ranks = found
+    for of_rank in ranks:
+        reports = of_rank["again"]["reports"]
+        assert {n: (r.wrong, r.sent) for n, r in reports.items() if r.wrong or r.sent != r.predicted} == {}
+        assert len(reports) == 3 + len(CHUNKED.get(name, ()))
+        model, held = of_rank["again"]["model"], of_rank["model"]
+        assert model["equal"], "recomputation or offload changed gradients"
+        assert model["sent"][0] == model["sent"][1] == model["sent"][2]
+        # q, k, v and out of both layers once more: as much as a forward pass sends, a third of all.
+        (_, before), (_, now) = held["sent"][0], model["sent"][0]
+        assert now == before * 3 // 2
 
 
 def test_every_mask_and_layout_is_attention_over_the_whole_sequence(found):
@@ -413,14 +459,16 @@ def registered(rank: int) -> None:
     q, k, v = (torch.randn(2, 6, h, 4, requires_grad=True) for h in (8, 4, 4))
     plan = get_strategy("relay").plan(RingSchedule.build(Causal(), ZigZag(), 0, 1, 12), 1)
     # A chunk has half of the query heads that a key head serves.
-    rest = (*plan, "reference", 0.3, mesh.ring_handle, 0.0, torch.zeros(4), "relay", mesh.head_handle, 2, 4)
     # Compilers see it whole: `test_composition` compiles around it.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ULYSSES_ATTENTION_OP, (q, k, v, *rest, True), test_utils=tests)
-    with torch.no_grad():
-        out, lse, kept = ULYSSES_ATTENTION_OP(q, k, v, *rest, True)
-        backward = torch.ops.longctx.ulysses_attention_backward.default
-        torch.library.opcheck(backward, (out, lse, kept, *rest, 4), test_utils=tests)
+    for holds in (True, False):
+        rest = (*plan, "reference", 0.3, mesh.ring_handle, 0.0, torch.zeros(4), "relay", mesh.head_handle, 2, 4, holds)
+        torch.library.opcheck(ULYSSES_ATTENTION_OP, (q, k, v, *rest, True), test_utils=tests)
+        with torch.no_grad():
+            out, lse, kept = ULYSSES_ATTENTION_OP(q, k, v, *rest, True)
+            again = [] if holds else [q, k, v, out]
+            backward = torch.ops.longctx.ulysses_attention_backward.default
+            torch.library.opcheck(backward, (out, lse, kept, again, *rest, 4), test_utils=tests)
 
 
 def test_the_operators_are_well_registered():
