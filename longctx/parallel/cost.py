@@ -41,9 +41,9 @@ GROUPS = 4
 # Groups of heads of the direct exchange: more need less memory for messages and gradients, and more calls of kernels.
 DIRECT_GROUPS = (1, 2, 4, 8)
 
-# So many times slower may be what needs less memory. Keys that stay for the backward pass are a fifth of what a layer of a model
-# of today keeps (32/8 heads), half where there are as many key heads as query heads; to receive them twice costs a message, which
-# from 64k tokens a rank on is less than this.
+# So many times slower may be what needs less memory. A ring's last keys are a fifth of what a layer of a model of today keeps for
+# the backward pass (32/8 heads), half where there are as many key heads as query heads; what Ulysses brought is more than half.
+# To have either come again costs a message that nothing hides, which from 64k tokens a rank on is less than this.
 WORTH = 1.0025
 
 _Key = TypeVar("_Key")

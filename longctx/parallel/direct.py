@@ -1,9 +1,9 @@
 """Attention over a ring in which keys go straight to whom they serve, and their gradients straight home.
 
 At step i a rank sends to the rank i ahead only the keys that this one's queries see, as `moves` computes, and attends to
-what it got at step i - 1. Backward starts from the block that came last, which was kept or comes again, and goes through the steps the
-other way; the gradients of a block are sent to its owner while the next block is computed, and summed there in fp32. Beside
-a relay that is half of the keys for half of the hops with zigzag, and far less with windows and packed documents.
+what it got at step i - 1. Backward starts from the block that came last, which was kept or comes again, and goes through the
+steps the other way; the gradients of a block are sent to its owner while the next block is computed, and summed there in fp32.
+Beside a relay that is half of the keys for half of the hops with zigzag, and far less with windows and packed documents.
 """
 
 from __future__ import annotations

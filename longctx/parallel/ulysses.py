@@ -18,8 +18,10 @@ What no attention hides is the first chunk's way in and the last one's way out, 
 messages and calls of the kernel as can be. (Messages beside the projections that make q, k and v hide less: the queries come
 last of these and are most of the bytes, and the outputs' way back and both ways of the backward pass have no such neighbour.)
 
+What came stays for the backward pass, twice as much as a layer else keeps; or, of long shards, comes again (`holds`).
+
 One operator does all of it, exchange and attention: a compiler sees one opaque node, so messages keep their order, and activation
-checkpointing that keeps its results (`ULYSSES_ATTENTION_OP`) sends nothing twice.
+checkpointing that keeps its results (`ULYSSES_ATTENTION_OP`) computes attention once.
 
 Source: Jacobs et al. 2023 (arXiv 2309.14509); with a ring, Fang and Zhao 2024 (arXiv 2405.07719); heads in chunks, Yao et al.
 2024 (arXiv 2408.16978), which chunks the sequence.
@@ -163,7 +165,7 @@ def _ulysses_attention(
     mail = _Mail(heads, world, chunks)
     rest = (hops, rows, moves, pieces, order, size, groups, kernel, scale, exchange, softcap)
     result = q.new_empty(q.shape)
-    result_lse = q.new_empty(_lse_shape(q) if with_lse else (0,), dtype=state_dtype(q.dtype))
+    result_lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if with_lse else (0,), dtype=state_dtype(q.dtype))
     kept: list[Tensor] = []
 
     def send(i: int) -> Rotation:
@@ -292,7 +294,7 @@ def _(q, k, v, hops, rows, moves, pieces, order, size, groups, kernel, scale, ex
             q.new_empty((b, n, s * world), dtype=state_dtype(q.dtype)),
             k.new_empty(SCHEMES[scheme].held_shape(block, hops, size, groups)),
         ]
-    lse = q.new_empty(_lse_shape(q) if with_lse else (0,), dtype=state_dtype(q.dtype))
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if with_lse else (0,), dtype=state_dtype(q.dtype))
     return q.new_empty(q.shape), lse, kept
 
 
@@ -391,11 +393,6 @@ def _of(sinks: Tensor | None, chunk: HeadChunk) -> Tensor | None:
 
 def _size(heads: slice) -> int:
     return heads.stop - heads.start
-
-
-def _lse_shape(q: Tensor) -> tuple[int, int, int]:
-    b, s, h, _ = q.shape
-    return (b, h, s)
 
 
 def _key_shape(dout: Tensor, num_kv_heads: int) -> tuple[int, ...]:
