@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from longctx.functional import ring_attention
 from longctx.layout import SequenceMeta
 from longctx.masks import Causal, Documents, SlidingWindow
 from longctx.parallel.exchange import RingExchange
-from longctx.parallel.journal import Account, Journal
+from longctx.parallel.journal import Account, Journal, Standing
 from longctx.parallel.loss import LMHead
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
@@ -262,15 +263,17 @@ def test_the_rank_that_is_behind_has_the_least_standing(when, strategy, monkeypa
         assert is_there.wait(20)
         deadline = time.monotonic() + 20
         others = (0, 2, 3)
-        while not all(r in meshes and meshes[r].journal.standing().is_waiting for r in others):
+        # Until they rest: on a busy machine a rank that waits for hop 1 may have it a moment later.
+        stands: dict[int, Standing] = {}
+        while len(meshes) < 4 or not all(stands and stands[r].is_waiting and stands[r].age > 0.3 for r in others):
             assert time.monotonic() < deadline
-            time.sleep(0.01)
-        stands = {r: meshes[r].journal.standing() for r in range(4)}
+            time.sleep(0.05)
+            stands = {r: mesh.journal.standing() for r, mesh in sorted(meshes.items())} if len(meshes) == 4 else {}
     finally:
         stop.set()
         ring.join()
     assert all(stands[1].order < stands[r].order for r in others), stands
-    assert stands[2].text.startswith("waiting for 0 s: forward, K/V for hop") or when == "after"
+    assert re.match(r"waiting for \d+ s: forward, K/V for hop", stands[2].text) or when == "after"
 
 
 class FakeEvent:
