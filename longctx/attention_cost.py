@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from longctx.engine_config import EngineConfig
-from longctx.layout import SequenceLayout
 from longctx.model_config import ModelConfig
 from longctx.parallel.cost import Estimate
 from longctx.parallel.degrees import Work, attention_estimate
@@ -23,7 +20,7 @@ def attention_of(
         node_size: GPUs of one machine; None: all are in one.
     """
     node_size = plan.world_size if node_size is None else node_size
-    return _attention(
+    return attention_estimate(
         plan.ring,
         plan.ulysses,
         Work(
@@ -39,30 +36,6 @@ def attention_of(
         plan.sequence_layout,
         STRATEGIES[1:] if plan.strategy == "auto" else (plan.strategy,),
         plan.ulysses_chunks,
-        node_size % (plan.sp * plan.tp) == 0,
-        node_size % (plan.ulysses * plan.tp) == 0,
-    )
-
-
-@lru_cache(maxsize=256)
-def _attention(
-    ring: int,
-    ulysses: int,
-    work: Work,
-    layout: SequenceLayout,
-    strategies: tuple[str, ...],
-    chunks: int | None,
-    ring_in_one_node: bool,
-    ulysses_in_one_node: bool,
-) -> Estimate:
-    """`attention_estimate`, which does not depend on what else a plan says, remembered."""
-    return attention_estimate(
-        ring,
-        ulysses,
-        work,
-        layout,
-        strategies,
-        chunks,
-        ring_in_one_node=ring_in_one_node,
-        ulysses_in_one_node=ulysses_in_one_node,
+        ring_in_one_node=node_size % (plan.sp * plan.tp) == 0,
+        ulysses_in_one_node=node_size % (plan.ulysses * plan.tp) == 0,
     )

@@ -6,7 +6,6 @@ backward, on machines of that kind.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -235,18 +234,19 @@ def choose_degrees(
     )
 
 
+@lru_cache(maxsize=256)
 def attention_estimate(
     ring: int,
     ulysses: int,
     work: Work,
     layout: SequenceLayout,
-    strategies: Sequence[str],
+    strategies: tuple[str, ...],
     chunks: int | None,
     *,
     ring_in_one_node: bool,
     ulysses_in_one_node: bool,
 ) -> Estimate:
-    """Of one split, with the strategy that the ring would take and the best number of chunks."""
+    """Of one split, with the strategy that the ring would take and the way in which heads would be exchanged; remembered."""
     meta = SequenceMeta.of(
         work.seq_len,
         mask=work.mask,
