@@ -219,28 +219,26 @@ class _WithoutStep:
             yield [command for command in commands if not isinstance(command, OptimizerStep)]
 
 
-def _noted(ds: Any, journal: Journal) -> dict[type, Callable[..., None]]:
+def _noted(acts: dict[type, Callable[..., None]], journal: Journal) -> dict[type, Callable[..., None]]:
     """What DeepSpeed's engine does at each instruction of a schedule, messages between stages noted in the journal."""
 
-    acts = dict(ds._INSTRUCTION_MAP)
-
-    def noting(instruction: type, what: str, peers: Callable[[], Iterable[int]]) -> Callable[..., None]:
+    def noting(instruction: type, what: str, peers: Callable[[Any], Iterable[int]]) -> Callable[..., None]:
         def act(ds: Any, **settings: Any) -> None:
-            ranks = tuple(sorted(set(peers())))
+            ranks = tuple(sorted(set(peers(ds))))
             if ranks:
                 journal.exchange(f"pipeline, {what}", None, ranks, lambda: acts[instruction](ds, **settings))
 
         return act
 
-    def before() -> list[int]:
+    def before(ds: Any) -> list[int]:
         return [ds.grid.stage_to_global(ds.prev_stage)]
 
-    def behind() -> list[int]:
+    def behind(ds: Any) -> list[int]:
         return [ds.grid.stage_to_global(ds.next_stage)]
 
     if CommitP2P in acts:
         # DualPipeV: the others only queue what this one exchanges.
-        queued = noting(CommitP2P, "activations and gradients", lambda: [op.peer for op in ds._p2p_ops])
+        queued = noting(CommitP2P, "activations and gradients", lambda ds: [op.peer for op in ds._p2p_ops])
         return acts | {CommitP2P: queued}
     return acts | {
         SendActivation: noting(SendActivation, "activations to the next stage", behind),
@@ -255,7 +253,7 @@ class PipelineTrainEngine(TrainEngine):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.ds._INSTRUCTION_MAP = _noted(self.ds, self.mesh.journal)
+        self.ds._INSTRUCTION_MAP = _noted(self.ds._INSTRUCTION_MAP, self.mesh.journal)
 
     def _groups(self, world: Any) -> None:
         # DeepSpeed takes the grid of the PipelineModule.

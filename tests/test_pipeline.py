@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from train_cases import SEQ_LEN, full_step
 
 from longctx.engine import EngineConfig, TrainEngine, build_engine
 from longctx.model import Transformer
+from longctx.parallel.journal import Journal
 from longctx.parallel.slices import parameter_slices
 from longctx.parallel.tensor import TensorParallel
 from longctx.parallel.tensor_exchange import TensorExchange
@@ -111,6 +113,24 @@ def test_a_pipeline_reports_the_attention_of_all_stages():
     # Forward four, backward ten operations for each pair, head and feature, of 3 layers.
     flops = 14 * got["area"] * WIDE.num_heads * WIDE.head_size * 3
     assert got["attention_tflops"] * got["attention_ms"] * 4 * 1e9 == pytest.approx(flops)
+
+
+def test_two_stages_of_a_process_exchange_at_once():
+    """DualPipeV queues what goes and comes; one message is noted where it is exchanged, none where nothing is queued."""
+    from deepspeed.runtime.pipe.schedule import CommitP2P, SendActivation
+
+    from longctx.pipeline import _noted
+
+    done = []
+    acts = {CommitP2P: lambda ds: done.append(len(ds._p2p_ops)), SendActivation: lambda ds, **settings: None}
+    journal = Journal()
+    noted = _noted(acts, journal)
+    assert noted[SendActivation] is acts[SendActivation], "it only queues"
+    noted[CommitP2P](SimpleNamespace(_p2p_ops=[]))
+    assert (done, journal.standing().text) == ([], "")
+    noted[CommitP2P](SimpleNamespace(_p2p_ops=[SimpleNamespace(peer=rank) for rank in (3, 1, 3)]))
+    assert done == [3]
+    assert journal.standing().text.endswith("pipeline, activations and gradients (with ranks 1, 3)")
 
 
 # ---- shared matrices
