@@ -128,11 +128,10 @@ class _Rank:
             # The gradient of its input, whole, and the sums of the weights' gradients.
             swiglu += self.tokens * size * e
             swiglu += min(self.tokens, chunk) * size * 5 * self.features + 4 * 3 * e * self.features
-        # The gradients of out, q, k and v, first in fp32 and for a group of heads at a time; Ulysses packs what it sends, and
-        # has what it did not keep once more.
-        # Without a ring the kernel rounds those of k and v itself.
+        # The gradients of out, q, k and v; Ulysses packs what it sends, and has what it did not keep once more.
         packed = (q + kv + (1 - self.attention.exchanged) * (2 * q + 2 * kv)) if self.plan.ulysses > 1 else 0
         attention = round(size * (again + 2 * q + 2 * kv + packed / groups))
+        # In fp32 for a group of heads at a time; without a ring the kernel rounds those of k and v itself.
         attention += 4 * (q + 2 * kv * (self.plan.ring > 1)) // groups
         found = max(swiglu, self.tokens * attention)
         if with_loss:

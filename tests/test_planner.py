@@ -20,6 +20,8 @@ from longctx.engine import EngineConfig
 from longctx.memory import rank_memory
 from longctx.model import Transformer
 from longctx.offload import LAYERS_HELD, ActivationOffload, KeptLayer
+from longctx.parallel import cost
+from longctx.parallel.degrees import attention_estimate
 from longctx.parallel.plan import ParallelPlan
 from longctx.planner import GIB, GPUS, USABLE, candidates, longest, parser, run
 from longctx.results import RESULTS, read
@@ -73,11 +75,20 @@ def test_there_are_runs_to_compare_with():
     assert len(OF_TODAY) >= 4
 
 
+@pytest.fixture
+def as_fast_as_can_be(monkeypatch):
+    """What is fastest is taken, whatever it holds: as in the measured runs, of commits that knew nothing else."""
+    attention_estimate.cache_clear()
+    monkeypatch.setattr(cost, "WORTH", 1.0)
+    yield
+    attention_estimate.cache_clear()
+
+
 @pytest.mark.parametrize("key", RUNS)
-def test_memory_is_that_of_measured_runs(key):
+def test_memory_is_that_of_measured_runs(key, as_fast_as_can_be):
     config, plan, _ = config_of(key)
     estimate = rank_memory(config.model, config.engine, plan, config.data.seq_len)
-    assert estimate.total / GIB == pytest.approx(RUNS[key]["memory"], rel=0.04)
+    assert estimate.total / GIB == pytest.approx(RUNS[key]["memory"], rel=0.03)
 
 
 @pytest.mark.parametrize("key", OF_TODAY)
