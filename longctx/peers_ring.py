@@ -346,7 +346,7 @@ def _backend(device: torch.device) -> SDPBackend:
     return SDPBackend.CUDNN_ATTENTION if device.type == "cuda" else SDPBackend.MATH
 
 
-# The direct exchange by whether the last keys are held for the backward pass: its own choice, in one of two ways.
+# Whether the direct exchange holds the last keys for the backward pass, which by its name alone it decides itself.
 DIRECT_VARIANTS = ((True, "held"), (False, "again"))
 
 

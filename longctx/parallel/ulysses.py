@@ -18,7 +18,7 @@ What no attention hides is the first chunk's way in and the last one's way out, 
 messages and calls of the kernel as can be. (Messages beside the projections that make q, k and v hide less: the queries come
 last of these and are most of the bytes, and the outputs' way back and both ways of the backward pass have no such neighbour.)
 
-What came stays for the backward pass, twice as much as a layer else keeps; or, of long shards, comes again (`holds`).
+What came stays for the backward pass, more than all else that a layer keeps; or, of long shards, comes again (`holds`).
 
 One operator does all of it, exchange and attention: a compiler sees one opaque node, so messages keep their order, and activation
 checkpointing that keeps its results (`ULYSSES_ATTENTION_OP`) computes attention once.
