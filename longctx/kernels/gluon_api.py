@@ -21,6 +21,7 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from longctx.kernels.tiles import place_of as _place_of
 from longctx.kernels.tiles import strides_of
 
 # Half-open. Compiled with 3.6.0 and 3.9.0; run on a GPU with 3.6.0.
@@ -95,6 +96,10 @@ else:
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
         _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+
+# Arithmetic, which is the same in Gluon.
+place_of = gluon.jit(_place_of.fn)
 
 
 @builtin

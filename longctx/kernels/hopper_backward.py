@@ -15,7 +15,7 @@ from longctx.kernels.gluon_api import describe, describe_heads
 from longctx.kernels.hopper_backward_kernel import backward_kernel
 from longctx.kernels.hopper_backward_wide import backward_wide_kernel
 from longctx.kernels.shipped import Shipped
-from longctx.kernels.tiles import LOG2_E, can_describe, key_interval_args, num_tiles, padded, stride_args
+from longctx.kernels.tiles import LOG2_E, can_describe, heads_abreast, key_interval_args, num_tiles, padded, stride_args
 from longctx.kernels.triton_backward import launch_dq, prepare_rows
 from longctx.kernels.tuning import tiles_for
 from longctx.masks import KeyRange
@@ -212,7 +212,8 @@ def launch_with_rows(
         softcap=float(softcap),
     )
     kernel = backward_wide_kernel if d_pad == 256 else backward_kernel
-    kernel[(num_tiles(sk, schedule.keys) * hk * b,)](
+    num_n = num_tiles(sk, schedule.keys)
+    kernel[(num_n * hk * b,)](
         describe_heads(q, schedule.rows, d_pad),
         describe_heads(dout, schedule.rows, d_pad),
         describe_heads(k, schedule.keys, d_pad),
@@ -233,6 +234,7 @@ def launch_with_rows(
         num_heads=h,
         num_kv_heads=hk,
         group=h // hk,
+        section=heads_abreast(num_n, hk * b, q.device),
         **stride_args(dk=dk_acc, dv=dv_acc),
         V=variant,
         num_warps=4,

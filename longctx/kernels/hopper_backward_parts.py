@@ -15,9 +15,18 @@ from __future__ import annotations
 
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from longctx.kernels.gluon_api import barrier_ring, gl, gluon, laid_out, tma_load, tma_reduce_add, tma_store_wait
+from longctx.kernels.gluon_api import (
+    barrier_ring,
+    gl,
+    gluon,
+    laid_out,
+    place_of,
+    tma_load,
+    tma_reduce_add,
+    tma_store_wait,
+)
 
-PLAIN_ARGS = ["LO", "HI", "stride_lo", "sq", "sq_pad", "sk", "num_heads", "num_kv_heads", "group"]
+PLAIN_ARGS = ["LO", "HI", "stride_lo", "sq", "sq_pad", "sk", "num_heads", "num_kv_heads", "group", "section"]
 
 # A piece of dq is [64, 64], handed over in the layout that TMA reads: rows of 32 columns, their 16-byte chunks permuted by the
 # row's number. The fragments of the matrix units would meet there two by two in the same banks. With columns c and c ^ 16 of
@@ -214,14 +223,14 @@ def make_barriers(V: gl.constexpr):
 
 
 @gluon.jit
-def program_place(LO, HI, stride_lo, sq, sk, num_kv_heads, group, V: gl.constexpr):
+def program_place(LO, HI, stride_lo, sq, sk, num_kv_heads, group, section, V: gl.constexpr):
     """What this program works on: (LO, HI) of its sequence; (batch, key head, first query head, first key, row blocks)."""
-    # Ascending: the first keys of a causal block are seen by the most rows, and long programs should start first.
-    pid = gl.program_id(0)
+    # Ascending: the first keys of a causal block are seen by the most rows.
     num_n = gl.cdiv(sk, V.keys)
-    n0 = pid % num_n * V.keys
-    kv_head = pid // num_n % num_kv_heads
-    batch = pid // num_n // num_kv_heads
+    tile, flat = place_of(gl.program_id(0), gl.num_programs(0), num_n, section)
+    n0 = tile * V.keys
+    kv_head = flat % num_kv_heads
+    batch = flat // num_kv_heads
     if V.kind == "rows":
         LO += batch.to(gl.int64) * stride_lo
         HI += batch.to(gl.int64) * stride_lo

@@ -166,10 +166,11 @@ def _consume(buffers, barriers, gradients, place, CID: gl.constexpr, V: gl.const
 @gluon.jit(do_not_specialize=PLAIN_ARGS)
 def backward_wide_kernel(
     desc_q, desc_do, desc_k, desc_v, desc_lse, desc_delta, desc_dq, DK, DV, LO, HI, stride_lo,
-    scale, qk_scale, sq, sq_pad, sk, num_heads, num_kv_heads, group,
+    scale, qk_scale, sq, sq_pad, sk, num_heads, num_kv_heads, group, section,
     stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh, V: gl.constexpr,
 ):  # fmt: skip
-    LO, HI, batch, kv_head, head, n0, m0, m1, a, b = program_place(LO, HI, stride_lo, sq, sk, num_kv_heads, group, V)
+    seen = program_place(LO, HI, stride_lo, sq, sk, num_kv_heads, group, section, V)
+    LO, HI, batch, kv_head, head, n0, m0, m1, a, b = seen
     total = (m1 - m0) * group
     DK += batch.to(gl.int64) * stride_dkb + kv_head.to(gl.int64) * stride_dkh
     DV += batch.to(gl.int64) * stride_dvb + kv_head.to(gl.int64) * stride_dvh

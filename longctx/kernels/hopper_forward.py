@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -12,7 +12,7 @@ from longctx.kernels import SoftmaxState
 from longctx.kernels.gluon_api import describe_heads
 from longctx.kernels.hopper_forward_kernel import forward_kernel
 from longctx.kernels.shipped import Shipped
-from longctx.kernels.tiles import LOG2_E, num_tiles, row_interval_args, stride_args
+from longctx.kernels.tiles import LOG2_E, heads_abreast, num_sms, num_tiles, row_interval_args, stride_args
 from longctx.masks import KeyRange
 
 # Rows of one consumer warpgroup: what one matrix instruction takes.
@@ -103,11 +103,6 @@ def padded_head_dim(head_dim: int) -> int:
     return next(d for d in SCHEDULES if d >= head_dim)
 
 
-@cache
-def _num_programs(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def launch_hopper_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -146,7 +141,7 @@ def launch_hopper_forward(
     num_m = num_tiles(sq, schedule.groups * GROUP_ROWS)
     num_work = num_m * h * b
     q_desc = describe_heads(q, GROUP_ROWS, padded)
-    forward_kernel[(min(num_work, _num_programs(q.device)),)](
+    forward_kernel[(min(num_work, num_sms(q.device)),)](
         q_desc,
         describe_heads(k, schedule.block_n, padded),
         describe_heads(v, schedule.block_n, padded),
@@ -166,7 +161,7 @@ def launch_hopper_forward(
         num_heads=h,
         group=h // hk,
         num_m=num_m,
-        section=1,
+        section=heads_abreast(num_m, h * b, q.device),
         num_work=num_work,
         # Above 0, so that -inf stays -inf.
         unit=softcap * LOG2_E if softcap else max(scale * LOG2_E, 1e-30),

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from longctx.kernels.gluon_api import tma_load
+from longctx.kernels.gluon_api import place_of, tma_load
 
 
 @gluon.jit
@@ -42,11 +42,10 @@ def key_tiles(first, end, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def row_block(index, work):
-    """(row block, batch, head) of a piece of work: `section` heads side by side, from the last rows to the first."""
-    num_m, section, num_heads, _, _ = work
-    within = index % (num_m * section)
-    flat = index // (num_m * section) * section + within % section
-    return num_m - 1 - within // section, flat // num_heads, flat % num_heads
+    """(row block, batch, head) of a piece of work: from the last rows to the first, which see most keys and fewest."""
+    num_m, section, num_heads, _, num_work = work
+    tile, flat = place_of(index, num_work, num_m, section)
+    return num_m - 1 - tile, flat // num_heads, flat % num_heads
 
 
 @gluon.jit

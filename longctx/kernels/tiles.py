@@ -8,6 +8,9 @@ one instruction per tile, no registers for addresses, zeros outside the tensor).
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -50,6 +53,22 @@ def load_tile(
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def place_of(index, total, num_tiles, section):
+    """(tile, head) of piece `index` of `total` pieces of work, which are `num_tiles` of each head; see `heads_abreast`.
+
+    Sections of `section` heads one after the other, the last with what remains; in a section the first tiles of all its heads,
+    then their second, to their last.
+    """
+    heads = total // num_tiles
+    last = heads // section - 1
+    which = tl.minimum(index // (num_tiles * section), last)
+    first = which * section
+    size = tl.where(which == last, heads - first, section)
+    within = index - first * num_tiles
+    return within // size, first + within % size
 
 
 @triton.jit
@@ -187,6 +206,26 @@ def _band_args(kind: str, lo: int, hi: int) -> dict:
     # One less than the limit: seen from the keys, an end that no row reaches is off by one.
     has_lo, has_hi = lo > 1 - UNBOUNDED, hi < UNBOUNDED - 1
     return {"LO": lo, "HI": hi, "stride_lo": 0, "KIND": kind, "HAS_LO": has_lo, "HAS_HI": has_hi}
+
+
+# Pieces of work in a section, per SM.
+_SECTION = 1.5
+
+
+def heads_abreast(tiles: int, heads: int, device: torch.device) -> int:
+    """How many heads' tiles are begun side by side, so that the GPU is busy to the end and yet reads few heads at a time.
+
+    Tiles of a causal block differ in length, and the longest of a head begin first. Were a head begun when the one before it has
+    all its tiles begun, the last one's longest tiles would run on while other SMs have nothing left: at 8k tokens and 8 key heads
+    that is a fifth of a backward's time. So the last heads to begin, together, are more tiles than there are SMs.
+    """
+    return max(1, min(heads, math.ceil(_SECTION * num_sms(device) / tiles)))
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Of a GPU; under the interpreter few, so that small blocks have sections too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def num_tiles(length: int, tile: int) -> int:

@@ -20,10 +20,12 @@ from longctx.kernels.tiles import (
     as_flat_operand,
     as_operand,
     cut_tiles,
+    heads_abreast,
     key_interval_args,
     load_tile,
     num_tiles,
     padded,
+    place_of,
     row_interval_args,
     row_intervals,
     stride_args,
@@ -44,6 +46,7 @@ _PLAIN_ARGS = [
     "num_heads",
     "num_kv_heads",
     "group",
+    "section",
 ]
 
 
@@ -119,18 +122,18 @@ def _walk_keys(
 
 @triton.jit(do_not_specialize=_PLAIN_ARGS)
 def _backward_dq_kernel(
-    Q, K, V, DO, LSE2, DELTA2, DQ, LO, HI, stride_lo, scale, qk_scale, sq, sq_pad, sk, num_heads, group,
+    Q, K, V, DO, LSE2, DELTA2, DQ, LO, HI, stride_lo, scale, qk_scale, sq, sq_pad, sk, num_heads, group, section,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KIND: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, EVEN_N: tl.constexpr,
     USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
     num_m = tl.cdiv(sq, BLOCK_M)
-    m0 = (num_m - 1 - pid % num_m) * BLOCK_M
-    head = pid // num_m % num_heads
-    batch = pid // num_m // num_heads
+    tile, flat = place_of(tl.program_id(0), tl.num_programs(0), num_m, section)
+    m0 = (num_m - 1 - tile) * BLOCK_M
+    head = flat % num_heads
+    batch = flat // num_heads
     kv_head = head // group
 
     row = m0 + tl.arange(0, BLOCK_M)
@@ -217,7 +220,7 @@ def _walk_rows(
 @triton.jit(do_not_specialize=_PLAIN_ARGS)
 def _backward_dkdv_kernel(
     Q, K, V, DO, LSE2, DELTA2, DK, DV, LO, HI, stride_lo,
-    scale, qk_scale, sq, sq_pad, sk, num_heads, num_kv_heads, group,
+    scale, qk_scale, sq, sq_pad, sk, num_heads, num_kv_heads, group, section,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -225,11 +228,11 @@ def _backward_dkdv_kernel(
     FRESH: tl.constexpr, USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     # Ascending: the first keys of a causal block are seen by the most rows, and long programs should start first.
-    pid = tl.program_id(0)
     num_n = tl.cdiv(sk, BLOCK_N)
-    n0 = pid % num_n * BLOCK_N
-    kv_head = pid // num_n % num_kv_heads
-    batch = pid // num_n // num_kv_heads
+    tile, flat = place_of(tl.program_id(0), tl.num_programs(0), num_n, section)
+    n0 = tile * BLOCK_N
+    kv_head = flat % num_kv_heads
+    batch = flat // num_kv_heads
 
     col = n0 + tl.arange(0, BLOCK_N)
     col_lo, col_hi, first, end, full_lo, full_hi = row_intervals(LO, HI, stride_lo, batch, n0, sk, sq, KIND, BLOCK_N)
@@ -314,7 +317,8 @@ def launch_dq(
     b, sq, h, d = q.shape
     sk, hk = k.shape[1:3]
     d_pad = padded(d)
-    _backward_dq_kernel[(num_tiles(sq, tile.block_m) * h * b,)](
+    num_m = num_tiles(sq, tile.block_m)
+    _backward_dq_kernel[(num_m * h * b,)](
         as_operand(q, tile.block_m, d_pad, use_descriptor),
         as_operand(k, tile.block_n, d_pad, use_descriptor),
         as_operand(v, tile.block_n, d_pad, use_descriptor),
@@ -329,6 +333,7 @@ def launch_dq(
         sk=sk,
         num_heads=h,
         group=h // hk,
+        section=heads_abreast(num_m, h * b, q.device),
         **stride_args(q=q, k=k, v=v, g=dout, dq=dq_acc),
         D=d,
         D_PAD=d_pad,
@@ -364,7 +369,8 @@ def launch_dkdv(
     b, sq, h, d = q.shape
     sk, hk = k.shape[1:3]
     d_pad = padded(d)
-    _backward_dkdv_kernel[(num_tiles(sk, tile.block_n) * hk * b,)](
+    num_n = num_tiles(sk, tile.block_n)
+    _backward_dkdv_kernel[(num_n * hk * b,)](
         as_operand(q, tile.block_m, d_pad, use_descriptor),
         as_operand(k, tile.block_n, d_pad, use_descriptor),
         as_operand(v, tile.block_n, d_pad, use_descriptor),
@@ -381,6 +387,7 @@ def launch_dkdv(
         num_heads=h,
         num_kv_heads=hk,
         group=h // hk,
+        section=heads_abreast(num_n, hk * b, q.device),
         **stride_args(q=q, k=k, v=v, g=dout, dk=dk_acc, dv=dv_acc),
         D=d,
         D_PAD=d_pad,

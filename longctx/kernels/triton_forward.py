@@ -18,9 +18,11 @@ from longctx.kernels.tiles import (
     LOG2_E,
     as_operand,
     cut_tiles,
+    heads_abreast,
     load_tile,
     num_tiles,
     padded,
+    place_of,
     row_interval_args,
     row_intervals,
     stride_args,
@@ -30,7 +32,7 @@ from longctx.kernels.tuning import Tile
 from longctx.masks import KeyRange
 
 # Arguments that change from block to block and gain nothing from a kernel of their own per value.
-_PLAIN_ARGS = ["LO", "HI", "stride_lo", "sq", "sk", "num_heads", "group"]
+_PLAIN_ARGS = ["LO", "HI", "stride_lo", "sq", "sk", "num_heads", "group", "section"]
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def _tile_ptrs(base, batch, head, row, col, stride_b, stride_s, stride_h):
 
 @triton.jit(do_not_specialize=_PLAIN_ARGS)
 def _forward_kernel(
-    Q, K, V, OLD, OUT, LSE, LO, HI, stride_lo, qk_scale, sq, sk, num_heads, group,
+    Q, K, V, OLD, OUT, LSE, LO, HI, stride_lo, qk_scale, sq, sk, num_heads, group, section,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_xb, stride_xs, stride_xh, stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -95,12 +97,12 @@ def _forward_kernel(
     EVEN_N: tl.constexpr,
     USE_DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    # Row blocks of one head run side by side, so that its K and V are read from L2; the longest causal ones start first.
-    pid = tl.program_id(0)
+    # Row blocks of few heads run side by side, so that their K and V are read from L2; the longest causal ones start first.
     num_m = tl.cdiv(sq, BLOCK_M)
-    m0 = (num_m - 1 - pid % num_m) * BLOCK_M
-    head = pid // num_m % num_heads
-    batch = pid // num_m // num_heads
+    tile, flat = place_of(tl.program_id(0), tl.num_programs(0), num_m, section)
+    m0 = (num_m - 1 - tile) * BLOCK_M
+    head = flat % num_heads
+    batch = flat // num_heads
     kv_head = head // group
 
     row = m0 + tl.arange(0, BLOCK_M)
@@ -180,7 +182,8 @@ def launch_forward(
     lse = state.lse if state is not None else torch.empty(b, h, sq, dtype=torch.float32, device=q.device)
     old = state.out if state is not None else out
     d_pad = padded(d)
-    _forward_kernel[(num_tiles(sq, tile.block_m) * h * b,)](
+    num_m = num_tiles(sq, tile.block_m)
+    _forward_kernel[(num_m * h * b,)](
         as_operand(q, tile.block_m, d_pad, use_descriptor),
         as_operand(k, tile.block_n, d_pad, use_descriptor),
         as_operand(v, tile.block_n, d_pad, use_descriptor),
@@ -192,6 +195,7 @@ def launch_forward(
         sk=sk,
         num_heads=h,
         group=h // hk,
+        section=heads_abreast(num_m, h * b, q.device),
         **stride_args(q=q, k=k, v=v, x=old, o=out),
         stride_lb=lse.stride(0),
         stride_lh=lse.stride(1),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import block_cases
@@ -23,21 +21,6 @@ HEAD_DIMS = (16, 64, 80, 96, 128, 160, 192, 256)
 
 def by_id(cases: list[Case]):
     return pytest.mark.parametrize("case", cases, ids=[case.id for case in cases])
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """Call a function of `block_cases` in a process whose Triton kernels are interpreted, which is decided at import."""
-    pool = ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        assert pool.submit(os.getpid).result(120) != os.getpid()
-    yield lambda function, *args: pool.submit(function, *args).result(300)
-    pool.shutdown()
 
 
 def interpreted_cases() -> list[Case]:
