@@ -94,10 +94,14 @@ def attention_table(rows: Sequence[Measurement]) -> str:
         tables.append(
             f"{note}; TFLOP/s forward / backward, bf16\n\n{markdown(['batch x length, heads, mask', *(known[s] for s in systems)], body)}"
         )
-    footnote = "`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`); all other figures of a row come from one run."
+    notes = ["All figures of a row come from one run."]
+    if any(row.source for row in rows):
+        notes = [
+            "`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`); all other figures of a row come from one run."
+        ]
     if "†" in "".join(tables):
-        footnote += f" {_OLDER}"
-    return "\n\n".join([*tables, footnote])
+        notes.append(_OLDER)
+    return "\n\n".join([*tables, " ".join(notes)])
 
 
 def _any_config(cells: dict[tuple[str, str], dict[str, str]], system: str) -> dict[str, str] | None:
@@ -278,40 +282,45 @@ def numerics_table(rows: Sequence[Measurement]) -> str:
 
 
 _ERROR_TENSORS = ("out", "lse", "dq", "dk", "dv")
+_RATIO = " ratio"
+# Kernels of others behind our contract, whose errors are theirs.
+_AROUND = ("cudnn", "flash4")
 
 
 def errors_table(rows: Sequence[Measurement]) -> str:
-    """Errors of our kernels against float64, in brackets as multiples of the lesser of cuDNN's and FA4's."""
+    """Errors of our own kernels against float64, in brackets as multiples of the lesser of cuDNN's and FA4's; of every block
+    kernel the greatest multiple."""
     rows = latest([row for row in rows if row.name.startswith("errors/")])
     if not rows:
         return "Not measured yet."
-    cells: dict[tuple[str, str], dict[str, float]] = {}
+    cells: dict[tuple[str, str], dict[str, Measurement]] = {}
     for row in rows:
-        cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = row.value
+        cells.setdefault((row.config, row.name.split("/")[1]), {})[row.metric] = row
     known = {name: _ATTENTION_COLUMNS.get(name, name) for _, name in cells}
+    commit = newest_commit(rows)
     body = [
-        [config, known[name], *(_error_cell(got, tensor) for tensor in _ERROR_TENSORS)]
+        [config, known[name], *(_error_cell(got, tensor, commit) for tensor in _ERROR_TENSORS)]
         for (config, name), got in cells.items()
-        if name in kernel_names()
+        if name in kernel_names() and name not in _AROUND
     ]
     table = markdown(["batch x length, heads, mask", "kernel", *_ERROR_TENSORS], body)
-    worst = {
-        name: max(
-            (x for (_, other), got in cells.items() if other == name for m, x in got.items() if m.endswith(" ratio")),
-            default=None,
-        )
-        for name in kernel_names()
-    }
-    said = ", ".join(f"{known[name].strip('*')} {x:.2f} x" for name, x in worst.items() if x is not None)
-    note = f"{provenance(rows)}; RMS error over RMS size, bf16" + (f". At most: {said}" if said else "")
-    return f"{note}\n\n{table}"
+    said = []
+    for name in (name for name in kernel_names() if name in known):
+        ratios = [row for (_, other), got in cells.items() if other == name for row in got.values()]
+        ratios = [row for row in ratios if row.metric.endswith(_RATIO)]
+        if ratios:
+            most = max(ratios, key=lambda row: row.value)
+            said.append(f"{known[name].strip('*')} {most.value:.2f} x ({most.metric.removesuffix(_RATIO)})")
+    note = f"{provenance(rows)}; RMS error over RMS size, bf16" + (f". At most: {', '.join(said)}" if said else "")
+    return f"{note}\n\n{table}" + (f"\n\n{_OLDER}" if "†" in table else "")
 
 
-def _error_cell(got: dict[str, float], tensor: str) -> str:
+def _error_cell(got: dict[str, Measurement], tensor: str, commit: str) -> str:
     if tensor not in got:
         return "-"
-    ratio = got.get(f"{tensor} ratio")
-    return f"{got[tensor]:.1e}" + (f" ({ratio:.2f} x)" if ratio is not None else "")
+    ratio = got.get(f"{tensor}{_RATIO}")
+    value = f"{got[tensor].value:.1e}{mark(got[tensor], commit)}"
+    return value + (f" ({ratio.value:.2f} x)" if ratio is not None else "")
 
 
 TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {

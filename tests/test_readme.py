@@ -22,7 +22,9 @@ ROOT = Path(longctx.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CODE = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 PYTHON = [text for language, text in CODE if language == "python"]
-COMMAND_LINES = [line for language, text in CODE if language == "bash" for line in text.splitlines()]
+COMMAND_LINES = [
+    line for language, text in CODE if language == "bash" for line in text.replace("\\\n", "").splitlines()
+]
 
 
 def test_the_blocks_are_of_known_languages():

@@ -90,16 +90,21 @@ def test_the_reason_names_what_was_not_taken():
     assert "ring 1 x ulysses 8 would not fit the heads or a machine" in why
 
 
+def _forget():
+    degrees.choose_degrees.cache_clear()
+    degrees.attention_estimate.cache_clear()
+
+
 def test_the_estimates_decide(monkeypatch):
     """Were calls of a kernel and its passes over the state free, nothing would be won by exchanging heads."""
     assert split(8, 128 << 10, num_kv_heads=32).ulysses == 8
-    degrees.choose_degrees.cache_clear()
+    _forget()
     monkeypatch.setattr("longctx.parallel.cost.LAUNCH_S", 0.0)
     monkeypatch.setattr("longctx.parallel.cost.MEMORY_BYTES", float("inf"))
     try:
         assert split(8, 128 << 10, num_kv_heads=32).ring == 8
     finally:
-        degrees.choose_degrees.cache_clear()
+        _forget()
 
 
 def test_explicit_degrees_are_taken_as_they_are():
