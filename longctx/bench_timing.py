@@ -1,10 +1,9 @@
-"""One case, every contender: held against exact attention of sampled rows, then timed, unless that would take too long."""
+"""One case, every contender: held against exact attention of sampled rows, then timed by turns, unless that would take too long."""
 
 from __future__ import annotations
 
 import gc
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from longctx.bench_rounds import Call, median_ms, medians_ms
 from longctx.peers import Case, Contender, Gradients, Prepared, Unavailable, reasons
 
 # What is measured of every contender.
@@ -19,10 +19,8 @@ TIMED = ("forward", "backward", "forward+backward")
 # A relative RMS error of bf16 attention is about 3e-3; a wrong mask, scale or head is beyond 1e-1.
 WRONG = 2e-2
 SAMPLED_ROWS = 16
-# A call longer than this is timed three times instead of for 100 ms: its own length steadies it.
-LONG_MS = 200.0
-# A forward and a backward that take longer than this together are timed once: the runs before have warmed up.
-VERY_LONG_S = 1.0
+# Of a GPU's memory: who holds more between its forward and its backward is timed alone.
+HELD_SHARE = 1 / 16
 
 
 @dataclass
@@ -33,11 +31,6 @@ class CaseResult:
     tflops: dict[str, dict[str, float]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
-
-
-def _runs(seconds: float) -> int:
-    """How often a long forward and backward are run: to compile, to check, and to warm up and time."""
-    return 3 if seconds > VERY_LONG_S else 6
 
 
 class Budget:
@@ -54,12 +47,21 @@ class Budget:
     def __init__(self, seconds: float, total: float = math.inf) -> None:
         self.seconds, self.total = seconds, total
         self._end = time.perf_counter() + total
+        self._reserved = 0.0
         self._flops_per_second: dict[tuple, float] = {}
 
     @property
     def left(self) -> float:
-        """Seconds of the total that remain."""
-        return self._end - time.perf_counter()
+        """Seconds of the total that remain, beside what is reserved."""
+        return self._end - time.perf_counter() - self._reserved
+
+    def reserve(self, seconds: float) -> None:
+        """For what is admitted and not timed yet."""
+        self._reserved += seconds
+
+    def release(self) -> None:
+        """It is timed now."""
+        self._reserved = 0.0
 
     def refuse_predicted(self, entrant: Contender, case: Case) -> None:
         """
@@ -84,7 +86,8 @@ class Budget:
         self._refuse(seconds, "by its first forward and backward")
 
     def _refuse(self, seconds: float, why: str) -> None:
-        expected = _runs(seconds) * seconds
+        # To compile, to check, and to time.
+        expected = 2 * seconds + Call(lambda: None, seconds).expected
         if expected > self.seconds:
             raise Unavailable(f"skipped: {expected:.0f} s expected {why}, more than the {self.seconds:g} s of --budget")
         if expected > self.left:
@@ -122,7 +125,7 @@ def measure(
     with_parts: bool = True,
     kept: Mapping[str, dict[str, float]] | None = None,
 ) -> CaseResult:
-    """Every contender on one case: checked first, then timed. One that fails leaves its reason.
+    """Every contender on one case: each checked first, then all timed by turns. One that fails leaves its reason.
 
     Args:
         budget: of a run over several cases; None: no limit.
@@ -132,39 +135,61 @@ def measure(
     result = CaseResult(case)
     budget = Budget(float("inf")) if budget is None else budget
     inputs = _Inputs(case, device, dtype)
+    entered: dict[str, dict[str, Call]] = {}
     for entrant in entrants:
         if kept and entrant.name in kept:
             result.tflops[entrant.name] = dict(kept[entrant.name])
             budget.record(entrant, case, 3.5 * case.forward_flops / kept[entrant.name]["forward+backward"] / 1e12)
             continue
-        said: list[str] = []
-        prepared: Prepared | None = None
-        try:
-            with reasons() as said:
-                budget.refuse_predicted(entrant, case)
-                prepared = entrant.prepare(case, **inputs.tensors)
-                seconds = _check_in_time(case, entrant, prepared, inputs, budget)
-                result.tflops[entrant.name] = _timed(case, prepared, device, with_parts, seconds)
-        except WrongResult as error:
-            result.refused[entrant.name] = f"WRONG RESULT: {error}"
-            result.wrong.append(entrant.name)
-        except Exception as error:  # whatever a peer raises is its reason to have no number
-            result.refused[entrant.name] = _one_line(error, said)
-        prepared = None
+        calls, share = _admitted(result, entrant, inputs, budget, with_parts)
+        if share > HELD_SHARE:
+            # Others would not fit beside it.
+            _time(result, {entrant.name: calls}, device)
+        elif calls:
+            entered[entrant.name] = calls
+            # That of each is the time of a forward and a backward together.
+            budget.reserve(sum(call.expected for call in calls.values()) / 2)
+        del calls
         _free(device)
+    budget.release()
+    _time(result, entered, device)
+    entered.clear()
+    _free(device)
+    result.tflops = {entrant.name: result.tflops[entrant.name] for entrant in entrants if entrant.name in result.tflops}
     return result
 
 
-def _check_in_time(case: Case, entrant: Contender, prepared: Prepared, inputs: _Inputs, budget: Budget) -> float:
+def _admitted(
+    result: CaseResult, entrant: Contender, inputs: _Inputs, budget: Budget, with_parts: bool
+) -> tuple[dict[str, Call], float]:
+    """The calls to time, of a contender whose results are right and that is quick enough, and what share of the GPU's memory it
+    holds for them; else none, and the reason noted."""
+    said: list[str] = []
+    try:
+        with reasons() as said:
+            budget.refuse_predicted(entrant, inputs.case)
+            oracle, before = inputs.oracle, _held(inputs.device)
+            prepared = entrant.prepare(inputs.case, **inputs.tensors)
+            seconds = _check_in_time(inputs.case, entrant, prepared, oracle, budget)
+            return _calls(prepared, seconds, with_parts), _held(inputs.device) - before
+    except WrongResult as error:
+        result.refused[entrant.name] = f"WRONG RESULT: {error}"
+        result.wrong.append(entrant.name)
+    except Exception as error:  # whatever a peer raises is its reason to have no number
+        result.refused[entrant.name] = _one_line(error, said)
+    return {}, 0.0
+
+
+def _check_in_time(case: Case, entrant: Contender, prepared: Prepared, oracle: SampledRows, budget: Budget) -> float:
     """Seconds of a forward and a backward, whose results are right."""
-    oracle = inputs.oracle
-    if inputs.device.type == "cuda":
-        torch.cuda.synchronize(inputs.device)
+    device = oracle.out.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     # What there was to compile was compiled when it was prepared.
     began = time.perf_counter()
     out, gradients = prepared.forward(), prepared.backward()
-    if inputs.device.type == "cuda":
-        torch.cuda.synchronize(inputs.device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
     budget.record(entrant, case, seconds)
     oracle.check(out, gradients)
@@ -172,49 +197,28 @@ def _check_in_time(case: Case, entrant: Contender, prepared: Prepared, inputs: _
     return seconds
 
 
-def _timed(case: Case, prepared: Prepared, device: torch.device, with_parts: bool, seconds: float) -> dict[str, float]:
-    work = {"forward": case.forward_flops, "backward": 2.5 * case.forward_flops}
-    calls: dict[str, Callable[[], object]] = {"forward": prepared.forward, "backward": prepared.backward}
+def _calls(prepared: Prepared, seconds: float, with_parts: bool) -> dict[str, Call]:
+    runs: dict[str, Callable[[], object]] = {"forward": prepared.forward, "backward": prepared.backward}
     if with_parts:
-        calls |= prepared.parts
-    time_of = _once_ms if seconds > VERY_LONG_S else median_ms
-    ms = {metric: time_of(call, device) for metric, call in calls.items()}
-    tflops = {metric: work[metric.removeprefix("block ")] / took / 1e9 for metric, took in ms.items()}
-    # One after the other on one stream: the time of both is the sum.
-    tflops["forward+backward"] = sum(work.values()) / (ms["forward"] + ms["backward"]) / 1e9
-    return tflops
+        runs |= prepared.parts
+    return {metric: Call(run, seconds) for metric, run in runs.items()}
 
 
-def median_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call in ms: CUDA events after a warm-up, the L2 cache cleared before each of at least five calls; of
-    three calls where one takes longer than `LONG_MS`."""
-    if device.type == "cuda":
-        from triton.testing import do_bench
-
-        call()
-        if (once := _event_ms(call)) > LONG_MS:
-            return statistics.median([once, _event_ms(call), _event_ms(call)])
-        # do_bench runs `rep` ms; a call of 100 ms would run once.
-        return float(do_bench(call, warmup=20, rep=max(100.0, 5.5 * once), return_mode="median"))
-    times = [_once_ms(call, device) for _ in range(4)]
-    return statistics.median(times[1:])
-
-
-def _once_ms(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        return _event_ms(call)
-    began = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - began)
-
-
-def _event_ms(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
+def _time(result: CaseResult, entered: Mapping[str, dict[str, Call]], device: torch.device) -> None:
+    """Time contenders by turns: the forward of all, the backward of all, then their parts."""
+    metrics = dict.fromkeys(metric for calls in entered.values() for metric in calls)
+    turns = {(name, m): calls[m] for m in metrics for name, calls in entered.items() if m in calls}
+    ms, failed = medians_ms(turns, device)
+    work = {"forward": result.case.forward_flops, "backward": 2.5 * result.case.forward_flops}
+    for name, calls in entered.items():
+        errors = [failed[name, m] for m in calls if (name, m) in failed]
+        if errors:
+            result.refused[name] = _one_line(errors[0])
+            continue
+        tflops = {m: work[m.removeprefix("block ")] / ms[name, m] / 1e9 for m in calls}
+        # One after the other on one stream: the time of both is the sum.
+        tflops["forward+backward"] = sum(work.values()) / (ms[name, "forward"] + ms[name, "backward"]) / 1e9
+        result.tflops[name] = tflops
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
@@ -282,6 +286,13 @@ def _one_line(error: Exception, said: Sequence[str] = ()) -> str:
     because = next((s for s in said if "because" in s or "requires" in s or "not" in s), "")
     line = f"{name}{text[0]}" + (f" ({because})" if because else "")
     return line if len(line) <= 160 else line[:157] + "..."
+
+
+def _held(device: torch.device) -> float:
+    """The share of a GPU's memory that is allocated."""
+    if device.type != "cuda":
+        return 0.0
+    return torch.cuda.memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
 
 
 def _free(device: torch.device) -> None:

@@ -94,12 +94,13 @@ def attention_table(rows: Sequence[Measurement]) -> str:
         tables.append(
             f"{note}; TFLOP/s forward / backward, bf16\n\n{markdown(['batch x length, heads, mask', *(known[s] for s in systems)], body)}"
         )
+    text = "".join(tables)
     notes = ["All figures of a row come from one run."]
-    if any(row.source for row in rows):
+    if re.search(r"\d\*", text):
         notes = [
             "`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`); all other figures of a row come from one run."
         ]
-    if "†" in "".join(tables):
+    if "†" in text:
         notes.append(_OLDER)
     return "\n\n".join([*tables, " ".join(notes)])
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from bench_contenders import CPU, Broken
 
-from longctx import bench, bench_timing
+from longctx import bench, bench_rounds, bench_timing
 from longctx.peers import Case, Ours, Prepared
 
 
@@ -76,10 +78,10 @@ class TestBudget:
         budget = bench_timing.Budget(100.0, 12.0)
         found = [bench.measure(case, [slow], CPU, torch.float32, budget=budget) for case in self.CASES]
         assert "slow" in found[0].tflops
-        # 1 s to check; a forward and a backward of a second or less are timed four times each.
-        assert clock[0] == pytest.approx(5.0)
+        # 1 s to check; a forward and a backward of a second or less are timed three times each.
+        assert clock[0] == pytest.approx(4.0)
         assert "left for another call: 12 s expected" in found[1].refused["slow"]
-        assert "7 s remain of --time" in found[1].refused["slow"]
+        assert "8 s remain of --time" in found[1].refused["slow"]
         clock[0] = 12.0
         late = bench.measure(self.CASES[0], [slow], CPU, torch.float32, budget=budget)
         assert late.refused["slow"] == "left for another call: the 12 s of --time are over"
@@ -99,3 +101,87 @@ class TestBudget:
     def test_without_a_budget_everything_is_measured(self, clock):
         slow, _ = self.slow(clock, 1.0)
         assert bench.measure(self.CASES[0], [slow], CPU, torch.float32).refused == {}
+
+    def test_what_waits_for_its_turn_has_its_time_reserved(self, clock):
+        speed = 3.5 * self.CASES[0].forward_flops
+        first, calls = self.slow(clock, speed, called="first")
+        second, late = self.slow(clock, speed, called="second")
+        budget = bench_timing.Budget(100.0, 7.0)
+        result = bench.measure(self.CASES[0], [first, second], CPU, torch.float32, budget=budget)
+        assert list(result.tflops) == ["first"]
+        # Of the 7 s each took one to be checked, and the first's three rounds are to come.
+        assert "5 s expected by its first forward and backward, and 2 s remain" in result.refused["second"]
+        assert (len(calls), len(late)) == (8, 2)
+
+
+class TestTurns:
+    CASE = Case(batch=1, seq_len=32, heads=2, kv_heads=2, head_dim=16, mask="full")
+
+    def contender(self, called, log, fails_after=99):
+        class Logged(Broken):
+            name = called
+
+            def prepare(self, case, **tensors):
+                prepared = Ours("reference").prepare(case, **tensors)
+                results = {"forward": prepared.forward(), "backward": prepared.backward()}
+
+                def run(metric):
+                    log.append((called, metric))
+                    if len(log) > fails_after:
+                        raise RuntimeError("worn out")
+                    return results[metric]
+
+                return Prepared(forward=lambda: run("forward"), backward=lambda: run("backward"))
+
+        return Logged(None)
+
+    def test_a_round_times_everybody(self):
+        log = []
+        found = bench.measure(self.CASE, [self.contender(c, log) for c in "ab"], CPU, torch.float32)
+        assert list(found.tflops) == ["a", "b"]
+        checked = [("a", "forward"), ("a", "backward"), ("b", "forward"), ("b", "backward")]
+        one_round = [("a", "forward"), ("b", "forward"), ("a", "backward"), ("b", "backward")]
+        assert log == checked + bench_rounds.ROUNDS * one_round
+
+    def test_who_fails_when_timed_leaves_the_reason_and_the_others_a_number(self):
+        log = []
+        entrants = [self.contender("a", []), self.contender("b", log, fails_after=3)]
+        found = bench.measure(self.CASE, entrants, CPU, torch.float32)
+        assert list(found.tflops) == ["a"]
+        assert found.refused == {"b": "RuntimeError: worn out"}
+
+    def test_who_holds_much_memory_is_timed_before_the_next_one_comes(self, monkeypatch):
+        log = []
+        held = iter([0.1, 0.1 + bench_timing.HELD_SHARE + 0.01, 0.1, 0.1])
+        monkeypatch.setattr(bench_timing, "_held", lambda device: next(held))
+        found = bench.measure(self.CASE, [self.contender(c, log) for c in "ab"], CPU, torch.float32)
+        assert list(found.tflops) == ["a", "b"]
+        half = len(log) // 2
+        assert {name for name, _ in log[:half]} == {"a"}
+        assert {name for name, _ in log[half:]} == {"b"}
+
+    @pytest.mark.parametrize(("seconds", "rounds"), [(1e-4, 5), (0.2, 5), (0.21, 3), (1.0, 3), (1.1, 1)])
+    def test_the_longer_a_call_the_fewer_rounds(self, seconds, rounds):
+        assert bench_rounds.Call(print, seconds).rounds == rounds
+
+    def test_one_call_alone(self):
+        times = [0.0, 1.0, *[x for t in (0.1, 0.5, 0.3) for x in (0.0, t)]]
+        with mock.patch.object(bench_rounds.time, "perf_counter", side_effect=times):
+            assert bench_rounds.median_ms(lambda: None, CPU) == pytest.approx(300)
+        with pytest.raises(ZeroDivisionError):
+            bench_rounds.median_ms(lambda: 1 / 0, CPU)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_calls_are_timed_by_turns_and_alone_alike():
+    device = torch.device("cuda")
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for n in (2048, 4096))
+    products = [lambda: a @ a, lambda: b @ b]
+    for product in products:
+        product()
+    calls = {n: bench_rounds.Call(product, 1e-3) for n, product in enumerate(products)}
+    ms, failed = bench_rounds.medians_ms({**calls, 2: bench_rounds.Call(lambda: a @ b, 1e-3)}, device)
+    assert list(failed) == [2]
+    for n, product in enumerate(products):
+        assert ms[n] == pytest.approx(bench_rounds.median_ms(product, device), rel=0.3)
+    assert 4 < ms[1] / ms[0] < 16

@@ -96,6 +96,7 @@ LAYERS = (
             "flash1",
             "peers",
             "predecessors",
+            "bench_rounds",
             "bench_timing",
             "bench_output",
             "bench_errors",
