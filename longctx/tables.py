@@ -96,7 +96,7 @@ def attention_table(rows: Sequence[Measurement]) -> str:
         )
     text = "".join(tables)
     notes = ["All figures of a row come from one run."]
-    if re.search(r"\d\*", text):
+    if re.search(r"\d\*(?!\*)", text):
         notes = [
             "`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`); all other figures of a row come from one run."
         ]
