@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,15 @@ from longctx.bench_errors import (
     error_table,
     measure_errors,
     verdicts,
+)
+from longctx.bench_forms import (
+    FORM_CASES,
+    SMOKE_FORM_CASES,
+    CaseForms,
+    form_rows,
+    form_table,
+    form_verdicts,
+    measure_forms,
 )
 from longctx.bench_kept import kept
 from longctx.bench_output import bound_row, rows_of, table
@@ -129,6 +138,10 @@ def _kind_arguments(p: argparse.ArgumentParser) -> None:
         help="512 tokens to LENGTH (1M), from attention's formula to today's kernels",
     )  # fmt: skip
     kind.add_argument("--errors", action="store_true", help="errors against float64 instead of times")
+    kind.add_argument(
+        "--forms", action="store_true",
+        help="our kernels alone: what it costs them to carry a ring's state, or to be told the mask row by row",
+    )  # fmt: skip
     p.add_argument(
         "--budget", type=float, metavar="SECONDS", default=20.0,
         help="skip a contender where a case would take it longer (20)",
@@ -142,7 +155,7 @@ def _kind_arguments(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     p.add_argument(
         "--rows", nargs="+", metavar="TEXT",
-        help="of the table, the sweep or the errors: rows with one of these in their name, such as docs window '4 x 8k'",
+        help="of the table, the sweep, the errors or the forms: rows with one of these in their name, such as docs window '4 x 8k'",
     )  # fmt: skip
 
 
@@ -187,6 +200,8 @@ def _cases(args: argparse.Namespace) -> Sequence[Case]:
         defaults: Sequence[Case] = smoke_sweep() if args.smoke else sweep_cases(args.sweep)
     elif args.errors:
         defaults = SMOKE_ERROR_CASES if args.smoke else ERROR_CASES
+    elif args.forms:
+        defaults = SMOKE_FORM_CASES if args.smoke else FORM_CASES
     else:
         defaults = SMOKE_CASES if args.smoke else DEFAULT_CASES
     cases = cases_of(args, defaults)
@@ -220,6 +235,37 @@ def _entrants(args: argparse.Namespace) -> list[Contender]:
     return [c for c in known.values() if c.name in args.only] if args.only else found
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What one call of the command measures, and where.
+
+    Args:
+        where: the columns of `results.environment`.
+    """
+
+    args: argparse.Namespace
+    cases: Sequence[Case]
+    entrants: Sequence[Contender]
+    device: torch.device
+    dtype: torch.dtype
+    where: dict
+
+    def title(self, what: str) -> str:
+        where = self.where
+        versions = f"torch {where['torch']}, triton {where['triton']}, commit {where['commit']}"
+        return f"{where['gpu']}, {versions}; {what.format(dtype=str(self.dtype).removeprefix('torch.'))}\n"
+
+    def refuse(self, kind: str) -> None:
+        """
+        Raises:
+            ConfigError: an option was given that this kind of measurement does not have.
+        """
+        args = self.args
+        for option, given in (("--plot", args.plot), ("--resume", args.resume), ("--time", args.time != math.inf)):
+            if given:
+                raise ConfigError(f"{kind} knows no {option}: leave it out")
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; 1 if a result of ours was wrong."""
     if not args.smoke and not torch.cuda.is_available():
@@ -227,27 +273,17 @@ def run(args: argparse.Namespace) -> int:
             "there is no CUDA device to measure on; `longctx bench attention --smoke` runs tiny sizes on the CPU"
         )
     device, dtype = (torch.device("cpu"), torch.float32) if args.smoke else (torch.device("cuda"), torch.bfloat16)
-    cases, entrants = _cases(args), _entrants(args)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
     where = environment(gpu, commit=args.commit)
-    title = f"{gpu}, torch {where['torch']}, triton {where['triton']}, commit {where['commit']}"
-    if args.errors:
-        return _run_errors(args, cases, entrants, device, dtype, title, where)
-    return _run_times(args, cases, entrants, device, dtype, title, where)
+    asked = _Asked(args, _cases(args), () if args.forms else _entrants(args), device, dtype, where)
+    return (_run_errors if args.errors else _run_forms if args.forms else _run_times)(asked)
 
 
-def _run_times(
-    args: argparse.Namespace,
-    cases: Sequence[Case],
-    entrants: Sequence[Contender],
-    device: torch.device,
-    dtype: torch.dtype,
-    title: str,
-    where: dict,
-) -> int:
+def _run_times(asked: _Asked) -> int:
+    args, device, dtype, where = asked.args, asked.device, asked.dtype, asked.where
     if args.resume and args.csv is None:
         raise ConfigError("--resume needs --csv: the file that earlier calls wrote")
-    print(f"{title}; TFLOP/s forward / backward, {str(dtype).removeprefix('torch.')}, median times\n", flush=True)
+    print(asked.title("TFLOP/s forward / backward, {dtype}, median times"), flush=True)
     area, size = "attention" if args.sweep is None else "sweep", 256 if args.smoke else 8192
     earlier = kept(args.csv if args.resume else None, area, where)
     budget = Budget(args.budget, args.time)
@@ -257,10 +293,10 @@ def _run_times(
         if args.csv:
             append(args.csv, [bound_row(bound, size, area, **where)])
     rows, results = [bound_row(bound, size, area, **where)], []
-    for case in cases:
+    for case in asked.cases:
         began = time.perf_counter()
         known = earlier.tflops.get(case.label, {})
-        result = measure(case, entrants, device, dtype, budget=budget, with_parts=args.sweep is None, kept=known)
+        result = measure(case, asked.entrants, device, dtype, budget=budget, with_parts=args.sweep is None, kept=known)
         results.append(result)
         rows += rows_of(result, area, **where)
         took = time.perf_counter() - began
@@ -269,36 +305,45 @@ def _run_times(
             # Case by case: what was measured is not lost when the rest is interrupted.
             new = replace(result, tflops={name: got for name, got in result.tflops.items() if name not in known})
             append(args.csv, rows_of(new, area, **where))
-    print(table(results, entrants, bound, with_both=args.sweep is not None))
+    print(table(results, asked.entrants, bound, with_both=args.sweep is not None))
     if args.plot:
-        titles = {entrant.name: entrant.title for entrant in entrants}
+        titles = {entrant.name: entrant.title for entrant in asked.entrants}
         draw(sweep_lines(rows, titles) if args.sweep is not None else attention_bars(rows, titles), args.plot)
-    return int(any(entrant.is_ours and entrant.name in r.wrong for r in results for entrant in entrants))
+    return int(any(entrant.is_ours and entrant.name in r.wrong for r in results for entrant in asked.entrants))
 
 
-def _run_errors(
-    args: argparse.Namespace,
-    cases: Sequence[Case],
-    entrants: Sequence[Contender],
-    device: torch.device,
-    dtype: torch.dtype,
-    title: str,
-    where: dict,
-) -> int:
-    for option, given in (("--plot", args.plot), ("--resume", args.resume), ("--time", args.time != math.inf)):
-        if given:
-            raise ConfigError(f"--errors knows no {option}: leave it out")
-    name = str(dtype).removeprefix("torch.")
-    print(f"{title}; errors against float64, {name}, of each tensor's size; x: of the best of cuDNN and FA4\n")
+def _run_errors(asked: _Asked) -> int:
+    asked.refuse("--errors")
+    args, entrants = asked.args, asked.entrants
+    print(asked.title("errors against float64, {dtype}, of each tensor's size; x: of the best of cuDNN and FA4"))
     found: list[CaseErrors] = []
-    for case in cases:
+    for case in asked.cases:
         began = time.perf_counter()
-        found.append(measure_errors(case, entrants, device, dtype))
+        found.append(measure_errors(case, entrants, asked.device, asked.dtype))
         print(f"measured {case.label} in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         if args.csv:
-            append(args.csv, error_rows(found[-1], **where))
+            append(args.csv, error_rows(found[-1], **asked.where))
     print(error_table(found, entrants))
     print("\n".join(["", *verdicts(found, entrants)]))
+    return 0
+
+
+def _run_forms(asked: _Asked) -> int:
+    asked.refuse("--forms")
+    args = asked.args
+    kernels = tuple(args.only or (["reference"] if args.smoke else ["hopper", "triton"]))
+    for name in kernels:
+        if name not in kernel_names():
+            raise ConfigError(f"--forms --only {name}: {did_you_mean(name, kernel_names())}")
+    print(asked.title("TFLOP/s, {dtype}, median times of calls by turns"), flush=True)
+    found: list[CaseForms] = []
+    for case in asked.cases:
+        found.append(measure_forms(case, kernels, asked.device, asked.dtype))
+        print(f"measured {case.label}", file=sys.stderr, flush=True)
+        if args.csv:
+            append(args.csv, form_rows(found[-1], **asked.where))
+    print(form_table(found))
+    print("\n".join(["", *form_verdicts(found)]))
     return 0
 
 

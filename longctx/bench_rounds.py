@@ -64,15 +64,25 @@ def medians_ms(calls: Mapping[Key, Call], device: torch.device) -> tuple[dict[Ke
 
 def median_ms(run: Callable[[], object], device: torch.device) -> float:
     """Of one call alone."""
-    run()
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    medians, failed = medians_ms({0: Call(run, time.perf_counter() - began)}, device)
+    medians, failed = medians_ms({0: warmed_up(run, device)}, device)
     for error in failed.values():
         raise error
     return medians[0]
+
+
+def warmed_up(run: Callable[[], object], device: torch.device) -> Call:
+    """What is run for the first time here: once to compile it, once to see how long it takes."""
+    run()
+    _synchronize(device)
+    began = time.perf_counter()
+    run()
+    _synchronize(device)
+    return Call(run, time.perf_counter() - began)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _moment(call: Call, device: torch.device) -> list[float]:

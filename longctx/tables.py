@@ -324,9 +324,37 @@ def _error_cell(got: dict[str, Measurement], tensor: str, commit: str) -> str:
     return value + (f" ({ratio.value:.2f} x)" if ratio is not None else "")
 
 
+def forms_table(rows: Sequence[Measurement]) -> str:
+    """What each form of our kernels reaches, and in brackets its time over the plain call's."""
+    rows = latest([row for row in rows if row.name.startswith("forms/")])
+    if not rows:
+        return "Not measured yet."
+    found = {(row.name.split("/")[1], row.config, *row.metric.rsplit(", ", 1)): row for row in rows}
+    commit = newest_commit(rows)
+    directions = ("forward", "backward")
+    forms = list(dict.fromkeys(form for _, _, form, _ in found))
+
+    def cell(kernel: str, config: str, form: str, direction: str) -> str:
+        row = found.get((kernel, config, form, direction))
+        if row is None:
+            return "-"
+        plain = found[kernel, config, "plain", direction]
+        times = "" if form == "plain" else f" ({plain.value / row.value:.2f} x)"
+        return f"{row.value:.0f}{mark(row, commit)}{times}"
+
+    body = [
+        [config, kernel, *(" / ".join(cell(kernel, config, form, d) for d in directions) for form in forms)]
+        for kernel, config in dict.fromkeys(key[:2] for key in found)
+    ]
+    table = markdown(["batch x length, heads, mask", "kernel", *forms], body)
+    note = f"{provenance(rows)}; TFLOP/s forward / backward, bf16, in brackets the time over the plain call's"
+    return f"{note}\n\n{table}" + (f"\n\n{_OLDER}" if "†" in table else "")
+
+
 TABLES: dict[str, Callable[[Sequence[Measurement]], str]] = {
     "attention": attention_table,
     "errors": errors_table,
+    "forms": forms_table,
     "training": training_table,
     "ring": ring_table,
     "context-parallel": context_parallel_table,

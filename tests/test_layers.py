@@ -100,6 +100,7 @@ LAYERS = (
             "bench_timing",
             "bench_output",
             "bench_errors",
+            "bench_forms",
             "bench_kept",
             "figures",
             "bench",

@@ -339,6 +339,7 @@ def test_every_results_file_can_be_read():
             "numerics",
             "sweep",
             "errors",
+            "forms",
             "ring",
         }, f"{r.name} is shown in no table or figure"
         # What messages add is a difference of two times.
