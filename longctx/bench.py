@@ -101,7 +101,8 @@ def smoke_sweep() -> list[Case]:
     ]
 
 
-def _size(text: str) -> int:
+def token_count(text: str) -> int:
+    """8192 or 8k, for a command line."""
     size = parse_size(text)
     if size is None or size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8192 or 8k")
@@ -110,7 +111,7 @@ def _size(text: str) -> int:
 
 def _shape(text: str) -> tuple[int, int]:
     batch, _, length = text.rpartition("x")
-    return _size(batch or "1"), _size(length)
+    return token_count(batch or "1"), token_count(length)
 
 
 def case_arguments(p: argparse.ArgumentParser) -> None:
@@ -122,7 +123,7 @@ def case_arguments(p: argparse.ArgumentParser) -> None:
     mask = p.add_mutually_exclusive_group()
     mask.add_argument("--mask", choices=["causal", "full", "docs", "window"], help="who sees whom (causal)")
     mask.add_argument("--causal", action="store_const", const="causal", dest="mask", help="the same as --mask causal")
-    p.add_argument("--window", type=_size, default=4096, help="keys that --mask window shows (4k)")
+    p.add_argument("--window", type=token_count, default=4096, help="keys that --mask window shows (4k)")
     p.add_argument("--only", nargs="+", metavar="NAME", help="measure these only, such as triton fa2")
     p.add_argument("--csv", type=Path, help="append the measurements to this file")
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw them")
@@ -134,7 +135,7 @@ def _kind_arguments(p: argparse.ArgumentParser) -> None:
     """What else than a few shapes' times may be asked for."""
     kind = p.add_mutually_exclusive_group()
     kind.add_argument(
-        "--sweep", nargs="?", type=_size, const=1 << 20, metavar="LENGTH",
+        "--sweep", nargs="?", type=token_count, const=1 << 20, metavar="LENGTH",
         help="512 tokens to LENGTH (1M), from attention's formula to today's kernels",
     )  # fmt: skip
     kind.add_argument("--errors", action="store_true", help="errors against float64 instead of times")
@@ -160,13 +161,14 @@ def _kind_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of `longctx bench`, but for `ring`, which has its own."""
+    """The command line of `longctx bench`, but for `ring` and `scaling`, which have their own."""
     top = argparse.ArgumentParser(prog="longctx bench", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="what", required=True)
     p = commands.add_parser("attention", help="forward and backward TFLOP/s")
     case_arguments(p)
     _kind_arguments(p)
     commands.add_parser("ring", help="attention over several GPUs (longctx bench ring --help)")
+    commands.add_parser("scaling", help="a training on 1, 2, 4, ... GPUs (longctx bench scaling --help)")
     p = commands.add_parser("redraw", help="draw every figure of measurements anew from the files of results")
     p.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="of CSV files, and of the figures")
     return top
@@ -350,8 +352,8 @@ def _run_forms(asked: _Asked) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """`longctx bench`; returns the exit code: 0, 1 for a wrong result of ours, 2 for a command that cannot be done."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["ring"]:
-        return importlib.import_module("longctx.bench_ring").main(words[1:])
+    if words[:1] in (["ring"], ["scaling"]):
+        return importlib.import_module(f"longctx.bench_{words[0]}").main(words[1:])
     args = parser().parse_args(words)
     try:
         if args.what == "redraw":

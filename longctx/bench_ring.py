@@ -10,11 +10,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from longctx.bench import WRONG, case_arguments, cases_of, rows_with
+from longctx.bench import WRONG, case_arguments, cases_of, rows_with, token_count
 from longctx.bench_ring_output import METRICS, RingResult, rows_of, table
 from longctx.errors import ConfigError, LongCtxError, did_you_mean
 from longctx.figures import draw, ring_bars
@@ -41,6 +42,8 @@ SMOKE_WORLD = 2
 # A timed call is repeated for about so long, but at least and at most so often.
 TIMED_S = 0.5
 REPEATS = (5, 20)
+# Tokens up to which every head is compared with one process's.
+CHECKED_WHOLE = 256 << 10
 # Calls over which waiting is averaged.
 WAITED = 3
 
@@ -49,10 +52,8 @@ def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: 
     """Every contender on one case: checked against one process first, then timed. Collective; the same on every rank."""
     result = RingResult(case)
     tensors = case.inputs(ranks.device, dtype)
-    leaves = [tensors[name].requires_grad_() for name in ("q", "k", "v")]
-    out = attention(*leaves, mask=case.rule, scale=case.scale)
-    exact = [out.detach(), *torch.autograd.grad(out, leaves, tensors["dout"])]
-    del out
+    chosen = _checked_heads(case)
+    exact = _alone(case, tensors, chosen)
     for alone in (OneGpu("ours"), OneGpu("cuDNN (torch)"), OneGpuHalo()):
         with _reasons(result, alone.title, ranks):
             share, attend = alone.attend(case, ranks)
@@ -66,7 +67,8 @@ def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: 
             meta = entrant.meta(case, ranks)
             local = [meta.shard(tensors[name]).detach().contiguous() for name in ("q", "k", "v", "dout")]
             with entrant.prepare(case, ranks) as attend:
-                error = max(_error(a, meta.shard(b)) for a, b in zip(_both(attend, local), exact, strict=True))
+                got = [x[:, :, heads] for x, heads in zip(_both(attend, local), chosen.of_results, strict=True)]
+                error = max(_error(a, meta.shard(b)) for a, b in zip(got, exact, strict=True))
                 error = _largest(error, ranks)
                 if not error <= WRONG:
                     result.wrong.append(entrant.name)
@@ -79,6 +81,34 @@ def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: 
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
     return result
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Those whose results are compared: indices of query and of key heads that belong together."""
+
+    query: list[int]
+    key: list[int]
+
+    @property
+    def of_results(self) -> tuple[list[int], ...]:
+        """Of out, dq, dk and dv."""
+        return self.query, self.query, self.key, self.key
+
+
+def _checked_heads(case: Case) -> _Heads:
+    """All; of a sequence that one process would take long for, the first and the last key head with their query heads."""
+    group = case.heads // case.kv_heads
+    keys = list(range(case.kv_heads)) if case.seq_len <= CHECKED_WHOLE else sorted({0, case.kv_heads - 1})
+    return _Heads([n * group + i for n in keys for i in range(group)], keys)
+
+
+def _alone(case: Case, tensors: dict[str, torch.Tensor], heads: _Heads) -> list[torch.Tensor]:
+    """out, dq, dk, dv of these heads, by one process."""
+    part = [tensors[n][:, :, i].detach() for n, i in (("q", heads.query), ("k", heads.key), ("v", heads.key))]
+    leaves = [x.requires_grad_() for x in part]
+    out = attention(*leaves, mask=case.rule, scale=case.scale)
+    return [out.detach(), *torch.autograd.grad(out, leaves, tensors["dout"][:, :, heads.query])]
 
 
 @contextlib.contextmanager
@@ -197,6 +227,10 @@ def parser() -> argparse.ArgumentParser:
         "--sms", nargs="+", type=int, default=(), metavar="N",
         help="also the direct exchange while NCCL's kernels take at most so many SMs, and at normal priority",
     )  # fmt: skip
+    p.add_argument(
+        "--tokens-per-gpu", nargs="+", type=token_count, metavar="N",
+        help="lengths, by what of the sequence each GPU has, such as 8k 32k",
+    )  # fmt: skip
     p.add_argument("--transport", nargs="+", choices=["auto", "nccl", "copy_engine"], help="(nccl copy_engine)")
     return p
 
@@ -208,7 +242,7 @@ def run(args: argparse.Namespace, rank: int) -> int:
     if not args.smoke:
         device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
     ranks = Ranks(rank, world, device)
-    entrants = _entrants(args)
+    entrants = _entrants(args, world)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
     where = environment(gpu, gpus=world, commit=args.commit)
     title = f"{world} x {gpu}, torch {where['torch']}, triton {where['triton']}, commit {where['commit']}"
@@ -227,14 +261,19 @@ def run(args: argparse.Namespace, rank: int) -> int:
     return int(any(entrant.is_ours and entrant.name in r.wrong for r in results for entrant in entrants))
 
 
-def _cases(args: argparse.Namespace) -> Sequence[Case]:
+def _cases(args: argparse.Namespace, world: int) -> Sequence[Case]:
+    if args.tokens_per_gpu is not None:
+        if args.shapes is not None:
+            raise ConfigError("--tokens-per-gpu and --shapes both say how long sequences are: leave one of them out")
+        args.shapes = [(1, n * world) for n in args.tokens_per_gpu]
     return rows_with(args.rows, cases_of(args, SMOKE_CASES if args.smoke else DEFAULT_CASES))
 
 
-def _entrants(args: argparse.Namespace) -> list[RingContender]:
+def _entrants(args: argparse.Namespace, world: int) -> list[RingContender]:
     if args.smoke and args.sms:
         raise ConfigError("--sms is about NCCL's kernels, and --smoke runs on the CPU: leave one of them out")
-    found = ring_contenders(args.transport or (["auto"] if args.smoke else ["nccl", "copy_engine"]), args.sms)
+    transports = args.transport or (["auto"] if args.smoke else ["nccl", "copy_engine"])
+    found = ring_contenders(transports, args.sms, world=world)
     names = [entrant.name for entrant in found]
     for name in args.only or ():
         if name not in names:
@@ -270,8 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{world} ranks with {torch.cuda.device_count()} CUDA devices: a ring has at least two GPUs; "
                 "`longctx bench ring --smoke` runs tiny sizes on the CPU"
             )
-        _entrants(args)
-        args.cases = _cases(args)
+        _entrants(args, world)
+        args.cases = _cases(args, world)
         if "RANK" in os.environ:
             return _under_torchrun(args)
         backend, timeout_s = ("gloo", 120.0) if args.smoke else ("nccl", 3600.0)

@@ -19,7 +19,7 @@ from longctx.kernels import kernel_names
 from longctx.peers import contenders, short
 from longctx.predecessors import sweep_contenders
 from longctx.results import Measurement, read
-from longctx.tables import latest, provenance
+from longctx.table_parts import latest, provenance
 
 _DIGEST_KEY = "longctx data"
 _RING_ALONE, _RING_PEERS = "one GPU", ("torch-cp", "ulysses-torch")
@@ -48,7 +48,7 @@ class Picture:
     """All that a figure shows.
 
     Args:
-        kind: "bars", a group of them for each tick; or "lines" over the length.
+        kind: "bars", a group of them for each tick; "lines" over the length; "scaling", lines over the number of GPUs, from 0.
         panels: rows of columns.
         ticks: (x, label).
         bound: TFLOP/s of the matrix product, a line through every panel; None: no line.
@@ -154,6 +154,27 @@ def sweep_lines(rows: Sequence[Measurement], titles: Mapping[str, str] | None = 
     return Picture("lines", provenance(rows), panels, tuple((n, short(n)) for n in lengths), _bound(rows))
 
 
+def scaling_lines(rows: Sequence[Measurement]) -> Picture:
+    """TFLOP/s of each GPU over their number: a column for one sequence on all of them, one for as much of it on each.
+
+    Raises:
+        ConfigError: there is nothing of it in `rows`.
+    """
+    rows = [row for row in _of("scaling/", rows) if row.metric == "tflops"]
+    panels = []
+    for kind in dict.fromkeys(row.name for row in rows):
+        lines = []
+        for config in dict.fromkeys(row.config for row in rows if row.name == kind):
+            points = tuple(sorted((row.gpus, row.value) for row in rows if (row.name, row.config) == (kind, config)))
+            lines.append(Line(config, True, points))
+            if len(points) > 1:
+                level = tuple((gpus, points[0][1]) for gpus, _ in points)
+                lines.append(Line("what the fewest reach", False, level))
+        panels.append(Panel(kind.split("/", 1)[1], "TFLOP/s of each GPU", tuple(lines)))
+    numbers = sorted({row.gpus for row in rows})
+    return Picture("scaling", provenance(rows), (tuple(panels),), tuple((n, str(n)) for n in numbers))
+
+
 def _of(prefix: str, rows: Sequence[Measurement]) -> list[Measurement]:
     """The newest of each of our own rows of that name, on the GPU that was measured last."""
     own = latest([row for row in rows if row.name.startswith(prefix) and not row.source])
@@ -211,11 +232,13 @@ def draw(picture: Picture, path: Path) -> None:
             for x, y in picture.marks[r] if picture.marks else ():
                 axes.hlines(y, x - 0.45, x + 0.45, color="black", linestyle=":", label="best kernel on one GPU")
             axes.set(title=panel.title, ylabel=panel.ylabel if c == 0 else "")
+            if picture.kind == "scaling":
+                axes.set_ylim(bottom=0)
             handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     for axes in grid[-1]:
         at, labels = zip(*picture.ticks, strict=True)
-        axes.set_xticks(at, labels, fontsize=8, rotation=0 if bars else 60)
-        axes.set_xlabel("" if bars else "length")
+        axes.set_xticks(at, labels, fontsize=8, rotation=60 if picture.kind == "lines" else 0)
+        axes.set_xlabel({"lines": "length", "scaling": "GPUs"}.get(picture.kind, ""))
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4, title=picture.title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={_DIGEST_KEY: picture.digest})
@@ -243,6 +266,7 @@ FIGURES: dict[str, Callable[[Sequence[Measurement]], Picture]] = {
     "attention": attention_bars,
     "sweep": sweep_lines,
     "ring": ring_bars,
+    "scaling": scaling_lines,
 }
 
 

@@ -12,7 +12,7 @@ from longctx.kernels import kernel_names
 from longctx.kernels.choice import Table
 from longctx.results import Measurement
 from longctx.settings import parse_size
-from longctx.tables import latest, provenance
+from longctx.table_parts import latest, provenance
 
 # GPUs whose measurements decide `kernel = "auto"` -> their compute capability.
 _DECIDING_GPUS = {"NVIDIA H100 80GB HBM3": (9, 0)}

@@ -23,7 +23,7 @@ from longctx.functional import attention, context_parallel_attention
 from longctx.layout import SequenceMeta
 from longctx.parallel.mesh import ParallelMesh
 from longctx.results import Measurement, append, environment
-from longctx.tables import markdown
+from longctx.table_parts import markdown
 from longctx.testing import run_virtual_ring
 
 WORLDS = (1, 2, 4, 8, 16, 64)

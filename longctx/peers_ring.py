@@ -67,15 +67,18 @@ class Ranks:
         return self.meshes[plan, nccl]
 
     def silent(self, plan: ParallelPlan) -> ParallelMesh:
-        """The mesh of that plan, of a ring or of Ulysses over all ranks, with nobody to talk to."""
-        real, link = self.mesh(plan), SilentLink(self.rank, self.world)
+        """The mesh of that plan with nobody to talk to."""
+        real = self.mesh(plan)
+        link, head_link = (
+            SilentLink(axis.rank, axis.size) if axis.size > 1 else None for axis in (real.ring, real.ulysses)
+        )
         return ParallelMesh(
             plan.resolve(self.world),
             self.rank,
             device=self.device,
             groups={},
-            link=link if plan.ring > 1 else None,
-            head_link=link if plan.ulysses > 1 else None,
+            link=link,
+            head_link=head_link,
             ring_in_one_node=real.ring_in_one_node,
             ulysses_in_one_node=real.ulysses_in_one_node,
         )
@@ -196,6 +199,25 @@ class OurUlysses(_Ours):
 
     def meta(self, case: Case, ranks: Ranks) -> SequenceMeta:
         return SequenceMeta.of(case.seq_len, mask=case.rule, ulysses_rank=ranks.rank, ulysses_world=ranks.world)
+
+
+class OurHybrid(_Ours):
+    """Heads exchanged among neighbours, and keys passed round among those who then hold the same heads."""
+
+    def __init__(self, ring: int, ulysses: int) -> None:
+        self._ring, self._ulysses = ring, ulysses
+        self.name = f"hybrid-{ring}x{ulysses}"
+        self.title = f"ours: ring {ring} x ulysses {ulysses}"
+
+    def plan(self, ranks: Ranks) -> ParallelPlan:
+        return ParallelPlan(ring=self._ring, ulysses=self._ulysses)
+
+    def meta(self, case: Case, ranks: Ranks) -> SequenceMeta:
+        coords = self.plan(ranks).resolve(ranks.world).coords(ranks.rank)
+        return SequenceMeta.of(
+            case.seq_len, mask=case.rule, layout=get_layout("auto"),
+            ring_rank=coords.ring, ring_world=self._ring, ulysses_rank=coords.ulysses, ulysses_world=self._ulysses,
+        )  # fmt: skip
 
 
 class PlainUlysses(RingContender):
@@ -350,8 +372,8 @@ def _backend(device: torch.device) -> SDPBackend:
 DIRECT_VARIANTS = ((True, "held"), (False, "again"))
 
 
-def ring_contenders(transports: Sequence[str], sms: Sequence[int] = ()) -> list[RingContender]:
-    """Peers first, then ours: every strategy and variant over every transport, what "auto" takes, and Ulysses.
+def ring_contenders(transports: Sequence[str], sms: Sequence[int] = (), *, world: int = 2) -> list[RingContender]:
+    """Peers first, then ours: every strategy and variant over every transport, what "auto" takes, Ulysses, and rings of it.
 
     Args:
         sms: also the direct exchange over NCCL that takes at most so many SMs, each, and one without priority.
@@ -367,5 +389,6 @@ def ring_contenders(transports: Sequence[str], sms: Sequence[int] = ()) -> list[
         *(OurStrategy(s, t) for t in transports for s in ("relay", "direct", "gather")),
         *(OurStrategy(DirectStrategy(holds), t, note=n) for t in transports for holds, n in DIRECT_VARIANTS),
         *held,
+        *(OurHybrid(ring, world // ring) for ring in range(2, world // 2 + 1) if world % ring == 0),
         OurStrategy("auto", "auto"),
     ]

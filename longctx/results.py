@@ -184,6 +184,9 @@ def rows_of_run(run_dir: Path, name: str) -> list[Measurement]:
         ("tokens/s", _median(steps, "tokens_per_second"), 1.0, "tokens/s"),
         ("mfu", _median(steps, "mfu"), 100.0, "%"),
         ("mfu dense", _median(steps, "mfu_dense"), 100.0, "%"),
+        ("tflops", _median(steps, "tflops"), 1.0, "TFLOP/s"),
+        # What of a step compute stood still for messages of attention.
+        ("waiting", _median(steps, "exposed_comm_share"), 100.0, "%"),
         ("memory", memory, 1 / 2**30, "GiB"),
         # Beside that of another plan after as many steps: whether both train alike.
         (f"loss of step {steps[-1]['step']}", steps[-1]["loss"], 1.0, "nats/token"),
@@ -220,7 +223,7 @@ def losses_of_run(run_dir: Path, steps: int) -> list[Measurement]:
 
 
 def _median(steps: Sequence[dict], key: str) -> float | None:
-    values = [step[key] for step in steps if step[key] is not None]
+    values = [step[key] for step in steps if step.get(key) is not None]
     return statistics.median(values) if values else None
 
 
@@ -262,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m longctx.results`; returns the exit code."""
     # Here: the tables are made of what this module reads.
     from longctx.kernel_rules import rules_text, with_rules
-    from longctx.tables import render, with_unit
+    from longctx.table_parts import with_unit
+    from longctx.tables import render
 
     args = parser().parse_args(argv)
     try:

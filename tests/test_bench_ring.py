@@ -131,12 +131,56 @@ def test_rows_and_sms_are_chosen_by_name():
     args = bench_ring.parser().parse_args(
         ["--rows", "docs", "window", "--sms", "4", "16", "--only", "direct-nccl-4sms"]
     )
-    assert [c.label for c in bench_ring._cases(args)] == [c.label for c in bench_ring.DEFAULT_CASES[-2:]]
-    (chosen,) = bench_ring._entrants(args)
+    assert [c.label for c in bench_ring._cases(args, 2)] == [c.label for c in bench_ring.DEFAULT_CASES[-2:]]
+    (chosen,) = bench_ring._entrants(args, 2)
     assert chosen.title == "ours: direct, nccl (4sms)"
     names = [c.name for c in ring_contenders(["nccl"], [4, 16])]
     assert {"direct-nccl-4sms", "direct-nccl-16sms", "direct-nccl-no-priority", "direct-nccl-again"} <= set(names)
     assert len(set(names)) == len(names)
+
+
+def test_lengths_may_be_of_each_gpu():
+    words = ["--tokens-per-gpu", "8k", "32k", "--heads", "64", "--kv-heads", "8", "--mask", "docs"]
+    assert [c.label for c in bench_ring._cases(bench_ring.parser().parse_args(words), 8)] == [
+        "1 x 64k, 64/8 heads of 128, docs",
+        "1 x 256k, 64/8 heads of 128, docs",
+    ]
+
+
+def test_rings_of_ulysses_are_measured_where_there_are_enough_ranks():
+    def hybrids(world):
+        return [c.name for c in ring_contenders(["nccl"], world=world) if c.name.startswith("hybrid")]
+
+    assert [hybrids(n) for n in (2, 3, 4, 8)] == [[], [], ["hybrid-2x2"], ["hybrid-2x4", "hybrid-4x2"]]
+
+
+def test_on_four_ranks_a_hybrid_is_right_and_has_its_times(tmp_path):
+    csv = tmp_path / "x.csv"
+    words = ["--smoke", "--nproc", "4", "--only", "hybrid-2x2", "--rows", "causal", "--csv", str(csv)]
+    assert bench.main(["ring", *words]) == 0
+    rows = [r for r in read(csv) if r.name == "ring/hybrid-2x2"]
+    assert {r.config for r in rows} == {f"{bench_ring.SMOKE_CASES[0].label}, 4 ranks"}
+    assert {"forward", "forward+backward", "forward exposed", "forward waiting"} <= {r.metric for r in rows}
+
+
+def wrong_in_one_head(rank: int, head: int) -> str:
+    """What is said of a contender whose output errs in one head, of a sequence of which two of three key heads are compared."""
+
+    def spoil(out):
+        of_head = torch.zeros(out.shape[2])
+        of_head[head] = 1.0
+        return out + of_head[:, None]
+
+    case = Case(batch=1, seq_len=64, heads=6, kv_heads=3, head_dim=16)
+    bench_ring.CHECKED_WHOLE = 32
+    result = bench_ring.measure(case, [Wrong(spoil)], Ranks(rank, 2, torch.device("cpu")), torch.float32)
+    return result.refused.get("wrong", "")
+
+
+@pytest.mark.parametrize(("head", "is_seen"), [(0, True), (2, False), (5, True)])
+def test_of_long_sequences_the_first_and_the_last_heads_are_compared(head, is_seen):
+    for said in run_distributed(wrong_in_one_head, head, world=2):
+        assert said.startswith("WRONG RESULT") == is_seen
 
 
 def test_what_is_not_sent_is_replaced_by_numbers():
@@ -169,8 +213,9 @@ def test_a_share_with_its_halo():
         (["--smoke", "--sms", "4"], "--sms is about NCCL's kernels"),
         (["--smoke", "--rows", "16k"], "ConfigError: --rows '16k' is in none of:"),
         (["--smoke", "--nproc", "1"], "a ring has at least two GPUs"),
+        (["--smoke", "--tokens-per-gpu", "32", "--shapes", "64"], "--tokens-per-gpu and --shapes both say how long"),
     ],
-    ids=["only", "heads", "sms", "rows", "one"],
+    ids=["only", "heads", "sms", "rows", "one", "lengths"],
 )
 def test_bad_options_are_refused(capsys, words, message):
     assert bench.main(["ring", *words]) == 2

@@ -27,7 +27,7 @@ from longctx.planner import GIB, GPUS, USABLE, candidates, longest, parser, run
 from longctx.results import RESULTS, read
 from longctx.settings import parse_size
 from longctx.step_time import step_time
-from longctx.tables import latest, newest_commit
+from longctx.table_parts import latest, newest_commit
 
 ONE_B = "configs/llama_1b_64k.toml"
 EIGHT_B = "configs/llama3_8b_128k_ring8.toml"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import longctx
-from longctx import bench, bench_ring, check, draw, evaluation, info, numerics, planner, results
+from longctx import bench, bench_ring, bench_scaling, check, draw, evaluation, info, numerics, planner, results
 from longctx.__main__ import COMMANDS, TrainArguments
 from longctx.config import Config, load_config
 from longctx.config_loader import key_names
@@ -79,12 +79,19 @@ def _longctx(words):
         assert bench.main(rest) == 0
     elif command == "bench" and rest[0] == "redraw":
         assert list(bench.parser().parse_args(rest).results.glob("*.csv"))
+    elif command == "bench" and rest[0] == "scaling":
+        args, settings = bench_scaling.parse(rest[1:])
+        for point in bench_scaling.points(args.gpus, args.strong, args.weak):
+            run = bench_scaling.command(point, args.config, args.runs, args.steps, settings)
+            _train(run[run.index("train") + 1 :], world_size=point.gpus)
+    elif command == "bench" and rest[0] == "ring":
+        args = bench_ring.parser().parse_args(rest[1:])
+        assert bench_ring._cases(args, args.nproc or 2)
+        assert bench_ring._entrants(args, args.nproc or 2)
     elif command == "bench":
-        of_ring = rest[0] == "ring"
-        module = bench_ring if of_ring else bench
-        args = module.parser().parse_args(rest[1:] if of_ring else rest)
-        assert module._cases(args)
-        assert module._entrants(args)
+        args = bench.parser().parse_args(rest)
+        assert bench._cases(args)
+        assert bench._entrants(args)
     elif command == "eval":
         known, overrides = evaluation.parse(rest)
         assert load_config(known.config, overrides).check(1) == []

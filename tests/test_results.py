@@ -13,7 +13,8 @@ from longctx import results, tables
 from longctx.errors import ConfigError
 from longctx.model import ModelConfig
 from longctx.results import COLUMNS, OWN_COLUMNS, Measurement, append, main, read
-from longctx.tables import latest, render
+from longctx.table_parts import latest
+from longctx.tables import render
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\x00"), max_size=20)
 
@@ -341,6 +342,7 @@ def test_every_results_file_can_be_read():
             "errors",
             "forms",
             "ring",
+            "scaling",
         }, f"{r.name} is shown in no table or figure"
         # What messages add is a difference of two times.
         assert r.value > 0 or r.metric.endswith(" exposed")
