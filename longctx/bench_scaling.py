@@ -86,16 +86,23 @@ def command(point: Point, config: str | None, runs: Path, steps: int, settings: 
     ]  # fmt: skip
 
 
+def _told(words: Sequence[str]) -> list[str]:
+    """A command without what may differ where its folder is read: which Python, and where the folder is."""
+    return [word for word in words[1:] if not word.startswith("--train.run_dir=")]
+
+
 def is_complete(folder: Path, words: Sequence[str]) -> bool:
     """Whether this command's run in `folder` went to its end.
 
     Raises:
         ConfigError: the folder holds the run of another command.
     """
+    if not (folder / METRICS).exists():
+        return False
     path = folder / COMMAND
-    if path.exists() and json.loads(path.read_text()) != list(words[1:]):
+    if not path.exists() or json.loads(path.read_text()) != _told(words):
         raise ConfigError(f"{folder} holds a run of other settings: remove it, or name another folder with --runs")
-    return (folder / METRICS).exists() and bool(read_metrics(folder / METRICS, "summary"))
+    return bool(read_metrics(folder / METRICS, "summary"))
 
 
 def start(words: Sequence[str], folder: Path) -> None:
@@ -105,8 +112,7 @@ def start(words: Sequence[str], folder: Path) -> None:
         ConfigError: it failed, with the end of what it said.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Not which Python: the folder may be read on another machine.
-    (folder / COMMAND).write_text(json.dumps(list(words[1:]), indent=1))
+    (folder / COMMAND).write_text(json.dumps(_told(words), indent=1))
     path = folder / OUTPUT
     with path.open("w") as output:
         code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
@@ -135,9 +141,7 @@ def measure(
     failed: dict[Point, str] = {}
     for number, point in enumerate(wanted, 1):
         folder = point.folder(runs)
-        what = (
-            f"[{number}/{len(wanted)}] {point.kind}, {point.label} on {point.gpus} GPUs, {short(point.seq_len)} tokens"
-        )
+        what = f"[{number}/{len(wanted)}] {point.kind}, {point.label}, {point.gpus} GPU{'s' * (point.gpus > 1)}"
         try:
             words = make(point)
             if is_complete(folder, words):

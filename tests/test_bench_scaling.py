@@ -68,7 +68,7 @@ def test_one_and_two_processes(tmp_path, capsys):
     words += ["--csv", str(csv), "--plot", str(png), *TINY]
     assert bench.main(words) == 0, capsys.readouterr().err
     first, rows = capsys.readouterr().out, read(csv)
-    assert "[2/2] strong, 256 tokens on 1 GPUs, 256 tokens: runs; " in first
+    assert "[2/2] strong, 256 tokens, 1 GPU: runs; " in first
     assert {r.gpus for r in rows} == {1, 2}
     (config,) = {r.config for r in rows}
     assert config.endswith("M parameters, 256 tokens, packed documents, ring")
@@ -81,8 +81,16 @@ def test_one_and_two_processes(tmp_path, capsys):
     assert png.read_bytes()[:4] == b"\x89PNG"
 
     assert bench.main(words) == 0
-    assert "[1/2] strong, 256 tokens on 2 GPUs, 256 tokens: complete, read from " in capsys.readouterr().out
+    assert "[1/2] strong, 256 tokens, 2 GPUs: complete, read from " in capsys.readouterr().out
     assert read(csv) == rows, "nothing is written twice"
+
+    # Wherever the folders are, they are read.
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    moved = [str(tmp_path / "elsewhere") if word == str(tmp_path / "runs") else word for word in words]
+    assert bench.main(moved) == 0
+    assert capsys.readouterr().out.count("complete, read from ") == 2
+    assert read(csv) == rows
+    (tmp_path / "elsewhere").rename(tmp_path / "runs")
 
     # The same folder is not taken for what other settings would have given.
     assert bench.main([*words, "--engine.zero_stage=0"]) == 1
@@ -101,7 +109,7 @@ def test_a_run_that_fails_leaves_its_last_words_and_the_others_their_rows(tmp_pa
     )
     assert [r.gpus for r in rows] == [1]
     assert list(failed.values()) == ["exit code 1; out of memory"]
-    assert "on 2 GPUs, 256 tokens: exit code 1; out of memory" in capsys.readouterr().err
+    assert "256 tokens, 2 GPUs: exit code 1; out of memory" in capsys.readouterr().err
 
 
 def test_what_a_failing_command_said(tmp_path):
@@ -110,6 +118,14 @@ def test_what_a_failing_command_said(tmp_path):
         bench_scaling.start(words, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "command.json").read_text()) == words[1:]
     assert not bench_scaling.is_complete(tmp_path / "run", words)
+
+
+def test_a_folder_of_another_run_is_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "summary"}\n')
+    with pytest.raises(ConfigError, match="holds a run of other settings"):
+        bench_scaling.is_complete(tmp_path, ["python"])
+    (tmp_path / "command.json").write_text("[]")
+    assert bench_scaling.is_complete(tmp_path, ["python", f"--train.run_dir={tmp_path}"])
 
 
 @pytest.mark.parametrize(
