@@ -6,21 +6,21 @@ import argparse
 import contextlib
 import os
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from longctx.bench import WRONG, case_arguments, cases_of, rows_with, token_count
-from longctx.bench_ring_output import METRICS, RingResult, rows_of, table
+from longctx.bench_ring_output import RingResult, rows_of, table
+from longctx.bench_ring_timing import ROUNDS, Side, largest, waiting_ms
 from longctx.errors import ConfigError, LongCtxError, did_you_mean
 from longctx.figures import draw, ring_bars
 from longctx.functional import attention
-from longctx.parallel.journal import Journal
+from longctx.layout import SequenceMeta
 from longctx.peers import Case, Unavailable
 from longctx.peers_ring import Attend, OneGpu, OneGpuHalo, Ranks, RingContender, ring_contenders
 from longctx.results import append, environment
@@ -39,48 +39,80 @@ SMOKE_CASES = (
 )
 SMOKE_WORLD = 2
 
-# A timed call is repeated for about so long, but at least and at most so often.
-TIMED_S = 0.5
-REPEATS = (5, 20)
 # Tokens up to which every head is compared with one process's.
 CHECKED_WHOLE = 256 << 10
-# Calls over which waiting is averaged.
-WAITED = 3
 
 
 def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: torch.dtype) -> RingResult:
-    """Every contender on one case: checked against one process first, then timed. Collective; the same on every rank."""
+    """Every contender on one case: each checked against one process, then all timed by turns. Collective; the same on every
+    rank."""
     result = RingResult(case)
     tensors = case.inputs(ranks.device, dtype)
     chosen = _checked_heads(case)
     exact = _alone(case, tensors, chosen)
+    sides = []
     for alone in (OneGpu("ours"), OneGpu("cuDNN (torch)"), OneGpuHalo()):
         with _reasons(result, alone.title, ranks):
             share, attend = alone.attend(case, ranks)
-            heads = {"q": share.heads, "k": share.kv_heads, "v": share.kv_heads, "dout": share.heads}
-            part = [tensors[name][:, : share.seq_len, :n].detach().contiguous() for name, n in heads.items()]
-            _both(attend, part)
+            side = Side(alone.title, partial(_share, tensors, share), partial(_given, attend))
+            _both(attend, side.local())
             result.flops[alone.title] = share.forward_flops
-            result.ms[alone.title], _ = _times(attend, part, ranks)
+            sides.append(side)
     for entrant in entrants:
         with _reasons(result, entrant.name, ranks):
             meta = entrant.meta(case, ranks)
-            local = [meta.shard(tensors[name]).detach().contiguous() for name in ("q", "k", "v", "dout")]
-            with entrant.prepare(case, ranks) as attend:
-                got = [x[:, :, heads] for x, heads in zip(_both(attend, local), chosen.of_results, strict=True)]
-                error = max(_error(a, meta.shard(b)) for a, b in zip(got, exact, strict=True))
-                error = _largest(error, ranks)
-                if not error <= WRONG:
-                    result.wrong.append(entrant.name)
-                    raise Unavailable(f"WRONG RESULT: relative error {error:.2g}, more than {WRONG}")
-                silent = entrant.without_messages(case, ranks)
-                result.ms[entrant.name], result.silent_ms[entrant.name] = _times(attend, local, ranks, silent)
-                journal = entrant.journal(ranks)
-                if journal is not None:
-                    result.waited_ms[entrant.name] = _waiting(attend, local, ranks, journal)
+            side = Side(entrant.name, partial(_shard, tensors, meta), partial(_opened, entrant, case, ranks))
+            with side.opened() as (attend, *_):
+                got = [x[:, :, heads] for x, heads in zip(_both(attend, side.local()), chosen.of_results, strict=True)]
+            error = max(_error(a, meta.shard(b)) for a, b in zip(got, exact, strict=True))
+            error = largest(error, ranks)
+            if not error <= WRONG:
+                result.wrong.append(entrant.name)
+                raise Unavailable(f"WRONG RESULT: relative error {error:.2g}, more than {WRONG}")
+            sides.append(side)
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
+    del exact
+    for _ in range(ROUNDS):
+        for side in sides:
+            if side.name not in result.refused:
+                with _reasons(result, side.name, ranks):
+                    side.take_turn(ranks)
+    journals = {entrant.name: entrant.journal(ranks) for entrant in entrants if entrant.name not in result.refused}
+    for side in sides:
+        if side.name in result.refused:
+            continue
+        result.ms[side.name], *silent = side.medians_ms(ranks)
+        if silent:
+            result.silent_ms[side.name] = silent[0]
+        journal = journals.get(side.name)
+        if journal is not None:
+            with side.opened() as (attend, *_):
+                result.waited_ms[side.name] = waiting_ms(attend, side.local(), ranks, journal)
     return result
+
+
+def _share(tensors: dict[str, torch.Tensor], share: Case) -> list[torch.Tensor]:
+    """What one GPU has to attend to."""
+    heads = {"q": share.heads, "k": share.kv_heads, "v": share.kv_heads, "dout": share.heads}
+    return [tensors[name][:, : share.seq_len, :n].detach().contiguous() for name, n in heads.items()]
+
+
+def _shard(tensors: dict[str, torch.Tensor], meta: SequenceMeta) -> list[torch.Tensor]:
+    """What this rank holds."""
+    return [meta.shard(tensors[name]).detach().contiguous() for name in ("q", "k", "v", "dout")]
+
+
+@contextlib.contextmanager
+def _given(attend: Attend) -> Iterator[list[Attend]]:
+    yield [attend]
+
+
+@contextlib.contextmanager
+def _opened(entrant: RingContender, case: Case, ranks: Ranks) -> Iterator[list[Attend]]:
+    with entrant.prepare(case, ranks) as attend:
+        silent = entrant.without_messages(case, ranks)
+        yield [attend] if silent is None else [attend, silent]
 
 
 @dataclass(frozen=True)
@@ -134,80 +166,6 @@ def _both(attend: Attend, local: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def _error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.float() - want.float()).norm() / want.float().norm())
-
-
-def _largest(value: float, ranks: Ranks) -> float:
-    """Of all ranks; NaN if any has one."""
-    found = torch.tensor([value if value == value else float("inf")], device=ranks.device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return float(found)
-
-
-def _calls(attend: Attend, local: Sequence[torch.Tensor]) -> dict[str, Callable[[], object]]:
-    """What is timed, by metric."""
-    leaves = [x.requires_grad_() for x in local[:3]]
-    calls: tuple[Callable[[], object], ...] = (
-        lambda: attend(*leaves),
-        lambda: torch.autograd.grad(attend(*leaves), leaves, local[3]),
-    )
-    return dict(zip(METRICS, calls, strict=True))
-
-
-def _times(
-    attend: Attend, local: Sequence[torch.Tensor], ranks: Ranks, silent: Attend | None = None
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds by metric, and the same of `silent`, where there is one."""
-    times: tuple[dict[str, float], dict[str, float]] = ({}, {})
-    variants = [_calls(x, local) for x in ([attend] if silent is None else [attend, silent])]
-    for metric in METRICS:
-        for found, ms in zip(times, medians_ms([calls[metric] for calls in variants], ranks), strict=False):
-            found[metric] = ms
-    return times
-
-
-def _waiting(attend: Attend, local: Sequence[torch.Tensor], ranks: Ranks, journal: Journal) -> dict[str, float]:
-    """Milliseconds of a call in which compute stood still for messages, by metric, of the rank that waited longest.
-
-    What messages add beyond it is what they take of the GPU from attention beside them, or chance.
-    """
-    found = {}
-    for metric, call in _calls(attend, local).items():
-        journal.discard()
-        journal.is_measuring = True
-        for _ in range(WAITED):
-            _timed(call, ranks)
-        journal.is_measuring = False
-        found[metric] = _largest(1e3 * journal.take().exposed_s / WAITED, ranks)
-    return found
-
-
-def medians_ms(calls: Sequence[Callable[[], object]], ranks: Ranks) -> list[float]:
-    """Median milliseconds of the slowest rank for each call, all ranks starting together. Collective.
-
-    What they run was compiled before.
-    The calls take turns: a GPU gets slower as it gets warmer, by more than what some of them differ by.
-    """
-    times = [[_timed(call, ranks) for call in calls]]
-    repeats = min(REPEATS[1], max(REPEATS[0], round(1e3 * TIMED_S / _largest(times[0][0], ranks))))
-    times += [[_timed(call, ranks) for call in calls] for _ in range(repeats - 1)]
-    return [_largest(statistics.median(column), ranks) for column in zip(*times, strict=True)]
-
-
-def _timed(call: Callable[[], object], ranks: Ranks) -> float:
-    dist.barrier()
-    if ranks.device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - began)
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # The GPUs wait about 2 ms, so that what is measured is never the launching.
-    torch.cuda._sleep(4_000_000)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def parser() -> argparse.ArgumentParser:

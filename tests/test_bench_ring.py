@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from longctx import bench, bench_ring
+from longctx import bench, bench_ring, bench_ring_output, bench_ring_timing
 from longctx.peers import Case, Unavailable
 from longctx.peers_ring import OneGpuHalo, Ranks, RingContender, SilentLink, ring_contenders
 from longctx.results import read
@@ -86,6 +86,45 @@ def test_wrong_results_have_no_time():
             assert not has_time
 
 
+def turns(rank: int) -> list[tuple]:
+    """What a side did in two turns, of which the first says that a call is short."""
+    done = []
+
+    def local():
+        done.append("local")
+        return [torch.ones(1, 4, 1, 8) for _ in range(4)]
+
+    @contextlib.contextmanager
+    def opened():
+        done.append("open")
+        yield [attend("as it is"), attend("silent")]
+        done.append("close")
+
+    def attend(name):
+        def run(q, k, v):
+            done.append(name)
+            return q + k + v
+
+        return run
+
+    side = bench_ring_timing.Side("x", local, opened)
+    ranks = Ranks(rank, 2, torch.device("cpu"))
+    side.take_turn(ranks)
+    first, done[:] = list(done), []
+    side.take_turn(ranks)
+    (real, silent) = side.medians_ms(ranks)
+    return [first, done, sorted(real), sorted(silent)]
+
+
+def test_a_side_takes_its_turn():
+    for first, second, *metrics in run_distributed(turns, world=2):
+        assert first == ["local", "open", *2 * ["as it is", "silent"], "close"]
+        # A short call is warmed up and repeated, with messages and without by turns.
+        often = bench_ring_timing.MOST_CALLS
+        assert second == ["local", "open", *2 * (1 + often) * ["as it is", "silent"], "close"]
+        assert metrics == 2 * [sorted(bench_ring_output.METRICS)]
+
+
 def test_shares_and_rates():
     case = Case(batch=1, seq_len=1024, heads=4, kv_heads=2, head_dim=64)
     result = bench_ring.RingResult(case)
@@ -96,7 +135,7 @@ def test_shares_and_rates():
     }
     result.silent_ms["direct-nccl"] = {"forward": 3.5, "forward+backward": 9.0}
     result.waited_ms["direct-nccl"] = {"forward": 0.25, "forward+backward": 0.75}
-    for metric, ms in zip(bench_ring.METRICS, (2.0, 7.0), strict=True):
+    for metric, ms in zip(bench_ring_output.METRICS, (2.0, 7.0), strict=True):
         work = case.forward_flops / 2 * (1 if metric == "forward" else 3.5)
         assert result.best_alone(metric, 2) == pytest.approx(work / ms / 1e9)
     assert result.tflops("direct-nccl", "forward", 2) == pytest.approx(case.forward_flops / 2 / 4e-3 / 1e12)

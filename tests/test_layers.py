@@ -109,7 +109,7 @@ LAYERS = (
             "bench_scaling",
         ),
     ),
-    ("L6 ring benchmark", ("peers_ring", "bench_ring_output", "bench_ring")),
+    ("L6 ring benchmark", ("peers_ring", "bench_ring_output", "bench_ring_timing", "bench_ring")),
     ("L6 planning", ("step_time", "planner")),
     ("L6 commands", ("draw", "info")),
     ("L6 checks", ("comparison", "numerics", "broken", "parity", "check")),
