@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from longctx.bench import WRONG, case_arguments, cases_of, rows_with, token_count
 from longctx.bench_ring_output import RingResult, rows_of, table
-from longctx.bench_ring_timing import ROUNDS, Side, largest, waiting_ms
+from longctx.bench_ring_timing import Side, largest, waiting_ms
+from longctx.bench_rounds import ROUNDS
 from longctx.errors import ConfigError, LongCtxError, did_you_mean
 from longctx.figures import draw, ring_bars
 from longctx.functional import attention
@@ -62,10 +63,16 @@ def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: 
         with _reasons(result, entrant.name, ranks):
             meta = entrant.meta(case, ranks)
             side = Side(entrant.name, partial(_shard, tensors, meta), partial(_opened, entrant, case, ranks))
-            with side.opened() as (attend, *_):
-                got = [x[:, :, heads] for x, heads in zip(_both(attend, side.local()), chosen.of_results, strict=True)]
-            error = max(_error(a, meta.shard(b)) for a, b in zip(got, exact, strict=True))
-            error = largest(error, ranks)
+            with side.opened() as (attend, *without_messages):
+                local = side.local()
+                got = [x[:, :, heads] for x, heads in zip(_both(attend, local), chosen.of_results, strict=True)]
+                # Also what it has to allocate, and to compile.
+                for silent in without_messages:
+                    _both(silent, local)
+            errors = [_error(a, meta.shard(b)) for a, b in zip(got, exact, strict=True)]
+            del got, local
+            # Not max(), which passes over NaN.
+            error = largest(float(torch.tensor(errors).max()), ranks)
             if not error <= WRONG:
                 result.wrong.append(entrant.name)
                 raise Unavailable(f"WRONG RESULT: relative error {error:.2g}, more than {WRONG}")
@@ -73,18 +80,18 @@ def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: 
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
     del exact
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
         for side in sides:
-            if side.name not in result.refused:
+            if side.name not in result.refused and turn < side.rounds:
                 with _reasons(result, side.name, ranks):
                     side.take_turn(ranks)
     journals = {entrant.name: entrant.journal(ranks) for entrant in entrants if entrant.name not in result.refused}
     for side in sides:
         if side.name in result.refused:
             continue
-        result.ms[side.name], *silent = side.medians_ms(ranks)
-        if silent:
-            result.silent_ms[side.name] = silent[0]
+        result.ms[side.name], *of_silent = side.medians_ms(ranks)
+        if of_silent:
+            result.silent_ms[side.name] = of_silent[0]
         journal = journals.get(side.name)
         if journal is not None:
             with side.opened() as (attend, *_):

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from longctx.bench_ring_output import METRICS
+from longctx.bench_rounds import ROUNDS, rounds_of
 from longctx.parallel.journal import Journal
 from longctx.peers_ring import Attend, Ranks
 
-ROUNDS = 5
 # In a round each call is repeated for about so long, but at most so often; one that takes longer is not warmed up anew.
 MOMENT_S = 0.1
 MOST_CALLS = 4
@@ -32,11 +32,13 @@ class Side:
         local: makes this rank's q, k, v and dout, "b s h d".
         opened: a context in which attention of them works, and beside it the same without messages where that can be had.
             Collective.
+        rounds: in how many it takes part, which its first turn decides.
     """
 
     name: str
     local: Callable[[], Sequence[torch.Tensor]]
     opened: Callable[[], contextlib.AbstractContextManager[Sequence[Attend]]]
+    rounds: int = ROUNDS
     _ms: dict[tuple[int, str], list[float]] = field(default_factory=dict)
 
     def take_turn(self, ranks: Ranks) -> None:
@@ -52,6 +54,7 @@ class Side:
                 for _ in range(count):
                     for which, calls in enumerate(variants):
                         self._ms.setdefault((which, metric), []).append(timed(calls[metric], ranks))
+        self.rounds = rounds_of(largest(self._ms[0, METRICS[-1]][0], ranks) / 1e3)
 
     def _count(self, metric: str, ranks: Ranks) -> int:
         if (0, metric) not in self._ms:
@@ -69,7 +72,7 @@ class Side:
 
 
 def calls_of(attend: Attend, local: Sequence[torch.Tensor]) -> dict[str, Callable[[], object]]:
-    """What is timed, by metric. What it runs was compiled before."""
+    """What is timed, by metric."""
     leaves = [x.requires_grad_() for x in local[:3]]
     calls: tuple[Callable[[], object], ...] = (
         lambda: attend(*leaves),

@@ -25,6 +25,11 @@ LONG_S, LONG_ROUNDS = 0.2, 3
 VERY_LONG_S = 1.0
 
 
+def rounds_of(seconds: float) -> int:
+    """In how many rounds a call of that length is timed."""
+    return 1 if seconds > VERY_LONG_S else LONG_ROUNDS if seconds > LONG_S else ROUNDS
+
+
 @dataclass(frozen=True)
 class Call:
     """Something to time.
@@ -39,7 +44,7 @@ class Call:
 
     @property
     def rounds(self) -> int:
-        return 1 if self.seconds > VERY_LONG_S else LONG_ROUNDS if self.seconds > LONG_S else ROUNDS
+        return rounds_of(self.seconds)
 
     @property
     def expected(self) -> float:
@@ -58,7 +63,10 @@ def medians_ms(calls: Mapping[Key, Call], device: torch.device) -> tuple[dict[Ke
             try:
                 times[key] += _moment(call, device)
             except Exception as error:  # whatever a peer raises is its reason to have no number
-                failed[key] = error
+                # Its traceback would keep what it had allocated.
+                failed[key] = error.with_traceback(None)
+                if isinstance(error, torch.OutOfMemoryError):
+                    torch.cuda.empty_cache()
     return {key: statistics.median(found) for key, found in times.items() if key not in failed}, failed
 
 

@@ -25,6 +25,8 @@ from longctx.tables import scaling_table
 OUTPUT, COMMAND, METRICS = "output.txt", "command.json", "metrics.jsonl"
 # Of what a run measured.
 SHOWN = ("tokens/s", "tflops", "mfu", "mfu dense", "memory", "waiting")
+# Settings that make a run what it is called.
+OWN = ("data.seq_len", "train.steps", "train.run_dir", "train.save_every", "train.resume")
 # Of a run that failed: lines of what it said last.
 TAIL = 12
 
@@ -55,11 +57,13 @@ class Point:
 
 
 def plan_name(settings: Sequence[str]) -> str:
-    """What the settings do with the GPUs: `ulysses` for --parallel.ulysses={gpus}, and a ring where they say nothing."""
-    said = [
-        word.removeprefix("--parallel.").removesuffix("={gpus}") for word in settings if word.startswith("--parallel.")
-    ]
-    return ", ".join(said) or "ring"
+    """What the settings do with the GPUs: `ulysses` for --parallel.ulysses={gpus}, and a ring where they say nothing; then what
+    they say of the engine."""
+    plan, engine = (
+        [word.removeprefix(part).removesuffix("={gpus}") for word in settings if word.startswith(part)]
+        for part in ("--parallel.", "--engine.")
+    )
+    return ", ".join([*(plan or ["ring"]), *engine])
 
 
 def points(gpus: Sequence[int], strong: Sequence[int], weak: Sequence[int]) -> list[Point]:
@@ -100,19 +104,22 @@ def is_complete(folder: Path, words: Sequence[str]) -> bool:
     if not (folder / METRICS).exists():
         return False
     path = folder / COMMAND
-    if not path.exists() or json.loads(path.read_text()) != _told(words):
+    if not path.exists() or json.loads(path.read_text())["command"] != _told(words):
         raise ConfigError(f"{folder} holds a run of other settings: remove it, or name another folder with --runs")
     return bool(read_metrics(folder / METRICS, "summary"))
 
 
-def start(words: Sequence[str], folder: Path) -> None:
+def start(words: Sequence[str], folder: Path, commit: str | None) -> None:
     """Run a command to its end; it and what it says stand in files in `folder`.
+
+    Args:
+        commit: of the code; None: what the run itself finds.
 
     Raises:
         ConfigError: it failed, with the end of what it said.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / COMMAND).write_text(json.dumps(_told(words), indent=1))
+    (folder / COMMAND).write_text(json.dumps({"commit": commit, "command": _told(words)}, indent=1))
     path = folder / OUTPUT
     with path.open("w") as output:
         code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
@@ -121,7 +128,7 @@ def start(words: Sequence[str], folder: Path) -> None:
         raise ConfigError(f"exit code {code}; all that it said is in {path}, and last:\n{said}")
 
 
-def rows_of(point: Point, folder: Path, plan: str, commit: str | None) -> list[Measurement]:
+def rows_of(point: Point, folder: Path, plan: str) -> list[Measurement]:
     """What a complete run measured, as `scaling/...`: tokens/s of all GPUs and of one, TFLOP/s of one, MFU, memory, waiting."""
     rows = rows_of_run(folder, "run")
     # Its length is that of this number of GPUs.
@@ -130,6 +137,8 @@ def rows_of(point: Point, folder: Path, plan: str, commit: str | None) -> list[M
     rows = [replace(row, name=name, config=config, gpus=point.gpus) for row in rows if row.metric in SHOWN]
     total = next(row for row in rows if row.metric == "tokens/s")
     each = replace(total, metric="tokens/s a GPU", value=total.value / point.gpus)
+    # That of the run, whatever is given to a call that only reads it.
+    commit = json.loads((folder / COMMAND).read_text())["commit"]
     return [replace(row, commit=commit or row.commit) for row in (*rows, each)]
 
 
@@ -148,8 +157,8 @@ def measure(
                 print(f"{what}: complete, read from {folder}", flush=True)
             else:
                 print(f"{what}: runs; {folder / OUTPUT} says how far it is", flush=True)
-                start(words, folder)
-            rows += rows_of(point, folder, plan, commit)
+                start(words, folder, commit)
+            rows += rows_of(point, folder, plan)
         except LongCtxError as error:
             failed[point] = str(error)
             print(f"{what}: {error}", file=sys.stderr, flush=True)
@@ -194,6 +203,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for word in settings:
         if not word.startswith("--") or "." not in word or "=" not in word:
             raise ConfigError(f"{word!r} is neither an option nor a setting such as --engine.zero_stage=3")
+        if (key := word[2:].partition("=")[0]) in OWN:
+            raise ConfigError(f"--{key} is what this command sets itself: use --strong, --weak, --steps or --runs")
     if not args.strong and not args.weak:
         raise ConfigError("nothing to measure: name lengths with --strong 128k, --weak 32k or both")
     if args.steps <= WARMUP_STEPS:

@@ -33,6 +33,11 @@ class CaseResult:
     wrong: list[str] = field(default_factory=list)
 
 
+def timing_seconds(seconds: float) -> float:
+    """That timing a forward and a backward takes, which take `seconds` together."""
+    return Call(lambda: None, seconds).expected
+
+
 class Budget:
     """The time that one contender may take for one case, and all of them together; what is known of each one's speed.
 
@@ -72,22 +77,25 @@ class Budget:
             raise Unavailable(f"left for another call: the {self.total:g} s of --time are over")
         speed = self._flops_per_second.get(self._key(entrant, case))
         if speed is not None:
-            self._refuse(3.5 * case.forward_flops / speed, f"at its last {speed / 1e12:.3g} TFLOP/s")
+            seconds = 3.5 * case.forward_flops / speed
+            # To compile, to check, and to time.
+            self._refuse(2 * seconds + timing_seconds(seconds), f"at its last {speed / 1e12:.3g} TFLOP/s")
 
     def record(self, entrant: Contender, case: Case, seconds: float) -> None:
         """Remember how long a forward and a backward took together."""
         self._flops_per_second[self._key(entrant, case)] = 3.5 * case.forward_flops / seconds
 
-    def refuse_measured(self, seconds: float) -> None:
+    def refuse_measured(self, seconds: float, pairs: float = 1.0) -> None:
         """
+        Args:
+            pairs: of a forward and a backward that are timed.
+
         Raises:
             Unavailable: a forward and a backward took too long to be repeated.
         """
-        self._refuse(seconds, "by its first forward and backward")
+        self._refuse(pairs * timing_seconds(seconds), "by its first forward and backward")
 
-    def _refuse(self, seconds: float, why: str) -> None:
-        # To compile, to check, and to time.
-        expected = 2 * seconds + Call(lambda: None, seconds).expected
+    def _refuse(self, expected: float, why: str) -> None:
         if expected > self.seconds:
             raise Unavailable(f"skipped: {expected:.0f} s expected {why}, more than the {self.seconds:g} s of --budget")
         if expected > self.left:
@@ -170,7 +178,7 @@ def _admitted(
             budget.refuse_predicted(entrant, inputs.case)
             oracle, before = inputs.oracle, _held(inputs.device)
             prepared = entrant.prepare(inputs.case, **inputs.tensors)
-            seconds = _check_in_time(inputs.case, entrant, prepared, oracle, budget)
+            seconds = _check_in_time(inputs.case, entrant, prepared, oracle, budget, with_parts)
             return _calls(prepared, seconds, with_parts), _held(inputs.device) - before
     except WrongResult as error:
         result.refused[entrant.name] = f"WRONG RESULT: {error}"
@@ -180,7 +188,9 @@ def _admitted(
     return {}, 0.0
 
 
-def _check_in_time(case: Case, entrant: Contender, prepared: Prepared, oracle: SampledRows, budget: Budget) -> float:
+def _check_in_time(
+    case: Case, entrant: Contender, prepared: Prepared, oracle: SampledRows, budget: Budget, with_parts: bool
+) -> float:
     """Seconds of a forward and a backward, whose results are right."""
     device = oracle.out.device
     if device.type == "cuda":
@@ -193,7 +203,7 @@ def _check_in_time(case: Case, entrant: Contender, prepared: Prepared, oracle: S
     seconds = time.perf_counter() - began
     budget.record(entrant, case, seconds)
     oracle.check(out, gradients)
-    budget.refuse_measured(seconds)
+    budget.refuse_measured(seconds, 1 + len(prepared.parts) / 2 if with_parts else 1)
     return seconds
 
 

@@ -19,7 +19,7 @@ from longctx.kernels import kernel_names
 from longctx.peers import contenders, short
 from longctx.predecessors import sweep_contenders
 from longctx.results import Measurement, read
-from longctx.table_parts import latest, provenance
+from longctx.table_parts import latest, of_last_gpu, provenance
 
 _DIGEST_KEY = "longctx data"
 _RING_ALONE, _RING_PEERS = "one GPU", ("torch-cp", "ulysses-torch")
@@ -180,8 +180,7 @@ def _of(prefix: str, rows: Sequence[Measurement]) -> list[Measurement]:
     own = latest([row for row in rows if row.name.startswith(prefix) and not row.source])
     if not any(row.name != f"{prefix}matmul" for row in own):
         raise ConfigError(f"there is nothing of {prefix.rstrip('/')!r} to draw: measure it with --csv FILE")
-    gpu = max(own, key=lambda row: row.date).gpu
-    return [row for row in own if row.gpu == gpu]
+    return of_last_gpu(own)
 
 
 def _bars(

@@ -97,5 +97,7 @@ def with_rules(text: str, rows: Sequence[Measurement]) -> str:
     found = _RULES.search(text)
     if found is None:
         raise ConfigError("there is no table MEASURED between `# fmt: off` and `# fmt: on`, after a line `# From ...`")
-    table = f"\n# From {where.removeprefix('# ')}.\n{found['open']}" + "\n".join(lines) + f"\n{found['close']}"
+    table = (
+        f"\n# The newest from {where.removeprefix('# ')}.\n{found['open']}" + "\n".join(lines) + f"\n{found['close']}"
+    )
     return text[: found.start()] + table + text[found.end() :]

@@ -59,6 +59,7 @@ class Ranks:
     world: int
     device: torch.device
     meshes: dict[tuple[ParallelPlan, NcclSettings | None], ParallelMesh] = field(default_factory=dict)
+    _silent: dict[ParallelPlan, ParallelMesh] = field(default_factory=dict)
 
     def mesh(self, plan: ParallelPlan, nccl: NcclSettings | None = None) -> ParallelMesh:
         """The mesh of that plan, made once. Collective."""
@@ -67,7 +68,12 @@ class Ranks:
         return self.meshes[plan, nccl]
 
     def silent(self, plan: ParallelPlan) -> ParallelMesh:
-        """The mesh of that plan with nobody to talk to."""
+        """The mesh of that plan with nobody to talk to, made once."""
+        if plan not in self._silent:
+            self._silent[plan] = self._make_silent(plan)
+        return self._silent[plan]
+
+    def _make_silent(self, plan: ParallelPlan) -> ParallelMesh:
         real = self.mesh(plan)
         link, head_link = (
             SilentLink(axis.rank, axis.size) if axis.size > 1 else None for axis in (real.ring, real.ulysses)

@@ -36,6 +36,13 @@ def provenance(rows: Sequence[Measurement]) -> str:
 OLDER = "`†` measured with an earlier commit, in another run."
 
 
+def of_last_gpu(rows: Sequence[Measurement]) -> list[Measurement]:
+    """Our own rows on the GPU that was measured last."""
+    own = [row for row in rows if not row.source]
+    gpu = max(own, key=lambda row: row.date).gpu if own else ""
+    return [row for row in own if row.gpu == gpu]
+
+
 def newest_commit(rows: Iterable[Measurement]) -> str:
     """Of our own measurements."""
     return max(((row.date, row.commit) for row in rows if not row.source), default=("", ""))[1]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from longctx.kernels import kernel_names
 from longctx.results import Measurement
-from longctx.table_parts import OLDER, latest, mark, markdown, newest_commit, provenance
+from longctx.table_parts import OLDER, latest, mark, markdown, newest_commit, of_last_gpu, provenance
 
 # system -> column, in order; "*" marks the figures that stand in anchors.csv only.
 _ATTENTION_COLUMNS = {
@@ -54,13 +54,10 @@ def attention_table(rows: Sequence[Measurement]) -> str:
             f"{note}; TFLOP/s forward / backward, bf16\n\n{markdown(['batch x length, heads, mask', *(known[s] for s in systems)], body)}"
         )
     text = "".join(tables)
-    notes = ["All figures of a row come from one run."]
+    notes = []
     if re.search(r"\d\*(?!\*)", text):
-        notes = [
-            "`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`); all other figures of a row come from one run."
-        ]
-    if "†" in text:
-        notes.append(OLDER)
+        notes.append("`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`).")
+    notes.append(OLDER if "†" in text else "All other figures are of one commit." if notes else "All of one commit.")
     return "\n\n".join([*tables, " ".join(notes)])
 
 
@@ -77,7 +74,7 @@ _AROUND = ("cudnn", "flash4")
 def errors_table(rows: Sequence[Measurement]) -> str:
     """Errors of our own kernels against float64, in brackets as multiples of the lesser of cuDNN's and FA4's; of every block
     kernel the greatest multiple."""
-    rows = latest([row for row in rows if row.name.startswith("errors/")])
+    rows = of_last_gpu(latest([row for row in rows if row.name.startswith("errors/")]))
     if not rows:
         return "Not measured yet."
     cells: dict[tuple[str, str], dict[str, Measurement]] = {}
@@ -112,7 +109,7 @@ def _error_cell(got: dict[str, Measurement], tensor: str, commit: str) -> str:
 
 def forms_table(rows: Sequence[Measurement]) -> str:
     """What each form of our kernels reaches, and in brackets its time over the plain call's."""
-    rows = latest([row for row in rows if row.name.startswith("forms/")])
+    rows = of_last_gpu(latest([row for row in rows if row.name.startswith("forms/")]))
     if not rows:
         return "Not measured yet."
     found = {(row.name.split("/")[1], row.config, *row.metric.rsplit(", ", 1)): row for row in rows}
@@ -124,8 +121,8 @@ def forms_table(rows: Sequence[Measurement]) -> str:
         row = found.get((kernel, config, form, direction))
         if row is None:
             return "-"
-        plain = found[kernel, config, "plain", direction]
-        times = "" if form == "plain" else f" ({plain.value / row.value:.2f} x)"
+        plain = found.get((kernel, config, "plain", direction))
+        times = "" if form == "plain" or plain is None else f" ({plain.value / row.value:.2f} x)"
         return f"{row.value:.0f}{mark(row, commit)}{times}"
 
     body = [
@@ -162,7 +159,7 @@ _NCCL_COLUMNS = {
 
 def context_parallel_table(rows: Sequence[Measurement]) -> str:
     """Forward / forward+backward TFLOP/s per GPU of attention over several GPUs: a row a shape, a column a way to do it."""
-    rows = latest([row for row in rows if row.name.startswith("ring/")])
+    rows = of_last_gpu(latest([row for row in rows if row.name.startswith("ring/")]))
     if not rows:
         return "Not measured yet."
     commit = newest_commit(rows)
@@ -181,7 +178,13 @@ def context_parallel_table(rows: Sequence[Measurement]) -> str:
         return markdown(["batch x length, heads, mask", *(columns[system] for system in systems)], body)
 
     configs = list(dict.fromkeys(config for config, _ in cells))
-    tables = [table(_RING_COLUMNS, configs)]
+    hybrids = {
+        system: f"**ours: ring {ring} x ulysses {ulysses}**"
+        for system in dict.fromkeys(system for _, system in cells)
+        if system.startswith("hybrid-")
+        for ring, ulysses in [system.removeprefix("hybrid-").split("x")]
+    }
+    tables = [table(_RING_COLUMNS | hybrids, configs)]
     held = [c for c in configs if any((c, system) in cells for system in _NCCL_COLUMNS if "sms" in system)]
     if held:
         tables.append("The direct exchange by what it leaves to attention:\n\n" + table(_NCCL_COLUMNS, held))

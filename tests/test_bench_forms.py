@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bench_contenders import CPU
@@ -111,6 +113,18 @@ def test_forms_are_judged_by_the_plain_call():
         in table
     )
     assert "0 (1.02 x) / 0 (1.04 x) | 0 (1.03 x) / - | - / 0 (2.00 x) |" in table
+
+
+def test_a_table_is_of_the_gpu_that_was_measured_last():
+    def rows(gpu, date, ms):
+        found = CaseForms(CASE, {("hopper", PLAIN, "forward"): ms, ("hopper", ROWS, "forward"): 2 * ms})
+        return [replace(r, date=date) for r in bench_forms.form_rows(found, **results.environment(gpu, commit="c"))]
+
+    old, other = rows("H200", "2026-01-01", 1e-6), rows("H100", "2026-01-02", 1e-7)
+    table = tables.forms_table([*old, *other, *rows("H200", "2026-01-03", 4e-6)])
+    assert "H200" in table
+    assert f"{CASE.forward_flops / 4e-6 / 1e9:.0f} / -" in table
+    assert f"{CASE.forward_flops / 1e-7 / 1e9:.0f}" not in table
 
 
 def test_the_command(tmp_path, capsys):

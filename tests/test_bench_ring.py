@@ -53,6 +53,18 @@ class Wrong(RingContender):
         return contextlib.nullcontext(lambda q, k, v: self.spoil(self.ours.prepare(case, ranks).__enter__()(q, k, v)))
 
 
+class NanInGradients(torch.autograd.Function):
+    """The same, with gradients that are no numbers."""
+
+    @staticmethod
+    def forward(ctx, out):
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout * float("nan")
+
+
 class Refusing(Wrong):
     name = "refusing"
 
@@ -69,6 +81,7 @@ def twins(rank: int) -> dict[str, object]:
         "right": lambda out: out,
         "one rank": lambda out: out + rank,
         "gradients": lambda out: out + (out * 0.1 - (out * 0.1).detach()),
+        "nan": lambda out: NanInGradients.apply(out),
     }
     for name, spoil in spoils.items():
         result = bench_ring.measure(case, [Wrong(spoil), Refusing(spoil)], ranks, torch.float32)
@@ -79,7 +92,7 @@ def twins(rank: int) -> dict[str, object]:
 def test_wrong_results_have_no_time():
     for found in run_distributed(twins, world=2):
         assert found["right"] == ([], "", "not today", True)
-        for name in ("one rank", "gradients"):
+        for name in ("one rank", "gradients", "nan"):
             wrong, why, _, has_time = found[name]
             assert wrong == ["wrong"]
             assert why.startswith("WRONG RESULT: relative error ")
@@ -113,15 +126,16 @@ def turns(rank: int) -> list[tuple]:
     first, done[:] = list(done), []
     side.take_turn(ranks)
     (real, silent) = side.medians_ms(ranks)
-    return [first, done, sorted(real), sorted(silent)]
+    return [first, done, side.rounds, sorted(real), sorted(silent)]
 
 
 def test_a_side_takes_its_turn():
-    for first, second, *metrics in run_distributed(turns, world=2):
+    for first, second, rounds, *metrics in run_distributed(turns, world=2):
         assert first == ["local", "open", *2 * ["as it is", "silent"], "close"]
         # A short call is warmed up and repeated, with messages and without by turns.
         often = bench_ring_timing.MOST_CALLS
         assert second == ["local", "open", *2 * (1 + often) * ["as it is", "silent"], "close"]
+        assert rounds == bench_ring_timing.ROUNDS
         assert metrics == 2 * [sorted(bench_ring_output.METRICS)]
 
 

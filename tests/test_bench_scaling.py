@@ -52,7 +52,7 @@ def test_the_commands(tmp_path):
     ("settings", "name"),
     [
         ([], "ring"),
-        (["--engine.zero_stage=3"], "ring"),
+        (["--engine.zero_stage=3"], "ring, zero_stage=3"),
         (["--parallel.ulysses={gpus}"], "ulysses"),
         (["--parallel.tp=2", "--parallel.context={gpus}"], "tp=2, context"),
     ],
@@ -71,7 +71,7 @@ def test_one_and_two_processes(tmp_path, capsys):
     assert "[2/2] strong, 256 tokens, 1 GPU: runs; " in first
     assert {r.gpus for r in rows} == {1, 2}
     (config,) = {r.config for r in rows}
-    assert config.endswith("M parameters, 256 tokens, packed documents, ring")
+    assert config.endswith("M parameters, 256 tokens, packed documents, ring, dtype=fp32")
     by = {(r.gpus, r.metric): r.value for r in rows}
     for n in (1, 2):
         assert by[n, "tokens/s a GPU"] == pytest.approx(by[n, "tokens/s"] / n, rel=1e-4)
@@ -87,7 +87,8 @@ def test_one_and_two_processes(tmp_path, capsys):
     # Wherever the folders are, they are read.
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     moved = [str(tmp_path / "elsewhere") if word == str(tmp_path / "runs") else word for word in words]
-    assert bench.main(moved) == 0
+    # And under another commit they are what they were.
+    assert bench.main([*moved, "--commit", "later"]) == 0
     assert capsys.readouterr().out.count("complete, read from ") == 2
     assert read(csv) == rows
     (tmp_path / "elsewhere").rename(tmp_path / "runs")
@@ -98,7 +99,7 @@ def test_one_and_two_processes(tmp_path, capsys):
 
 
 def test_a_run_that_fails_leaves_its_last_words_and_the_others_their_rows(tmp_path, capsys, monkeypatch):
-    def start(words, folder):
+    def start(words, folder, commit):
         if "2gpus" in folder.name:
             raise ConfigError("exit code 1; out of memory")
 
@@ -115,8 +116,9 @@ def test_a_run_that_fails_leaves_its_last_words_and_the_others_their_rows(tmp_pa
 def test_what_a_failing_command_said(tmp_path):
     words = ["python3", "-c", "import sys; print('a reason'); sys.exit(3)"]
     with pytest.raises(ConfigError, match=r"(?s)exit code 3; all that it said is in .*output.txt, and last:\na reason"):
-        bench_scaling.start(words, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "command.json").read_text()) == words[1:]
+        bench_scaling.start(words, tmp_path / "run", "abc")
+    told = json.loads((tmp_path / "run" / "command.json").read_text())
+    assert told == {"commit": "abc", "command": words[1:]}
     assert not bench_scaling.is_complete(tmp_path / "run", words)
 
 
@@ -124,7 +126,7 @@ def test_a_folder_of_another_run_is_not_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "summary"}\n')
     with pytest.raises(ConfigError, match="holds a run of other settings"):
         bench_scaling.is_complete(tmp_path, ["python"])
-    (tmp_path / "command.json").write_text("[]")
+    (tmp_path / "command.json").write_text('{"commit": null, "command": []}')
     assert bench_scaling.is_complete(tmp_path, ["python", f"--train.run_dir={tmp_path}"])
 
 
@@ -135,6 +137,7 @@ def test_a_folder_of_another_run_is_not_read(tmp_path):
         (["--strong", "1k", "--steps", "2"], "the first 2 warm up, so 3 are the least"),
         (["--strong", "1k", "--gpus", "0"], "a run has at least one"),
         (["--strong", "1k", "--zero", "3"], "'--zero' is neither an option nor a setting"),
+        (["--strong", "1k", "--data.seq_len=64"], "--data.seq_len is what this command sets itself"),
     ],
 )
 def test_bad_options_are_refused(words, message, capsys):

@@ -62,8 +62,8 @@ class TestBudget:
 
     def test_a_first_case_that_takes_too_long_is_run_once(self, clock):
         slow, calls = self.slow(clock, self.CASES[0].forward_flops)
-        result = bench.measure(self.CASES[0], [slow], CPU, torch.float32, budget=bench_timing.Budget(10.0))
-        assert "skipped: 10 s expected by its first forward and backward" in result.refused["slow"]
+        result = bench.measure(self.CASES[0], [slow], CPU, torch.float32, budget=bench_timing.Budget(3.0))
+        assert "skipped: 4 s expected by its first forward and backward" in result.refused["slow"]
         assert calls == [32, 32]
 
     def test_a_very_long_call_is_timed_once(self, clock):
@@ -110,7 +110,7 @@ class TestBudget:
         result = bench.measure(self.CASES[0], [first, second], CPU, torch.float32, budget=budget)
         assert list(result.tflops) == ["first"]
         # Of the 7 s each took one to be checked, and the first's three rounds are to come.
-        assert "5 s expected by its first forward and backward, and 2 s remain" in result.refused["second"]
+        assert "3 s expected by its first forward and backward, and 2 s remain" in result.refused["second"]
         assert (len(calls), len(late)) == (8, 2)
 
 
