@@ -98,6 +98,8 @@ def with_rules(text: str, rows: Sequence[Measurement]) -> str:
     if found is None:
         raise ConfigError("there is no table MEASURED between `# fmt: off` and `# fmt: on`, after a line `# From ...`")
     table = (
-        f"\n# The newest from {where.removeprefix('# ')}.\n{found['open']}" + "\n".join(lines) + f"\n{found['close']}"
+        f"\n# From {where.removeprefix('# ')}, the newest of them.\n{found['open']}"
+        + "\n".join(lines)
+        + f"\n{found['close']}"
     )
     return text[: found.start()] + table + text[found.end() :]

@@ -27,7 +27,7 @@ Table = dict[tuple[int, str, int], Speeds]
 
 # Compute capability -> table. Means over the cases of benchmarks/results/{attention,sweep}.csv with that head dim, mask and length,
 # whatever their batch and heads; bf16, which stands for fp16 too; by `longctx bench attention` and `longctx bench attention --sweep`.
-# The newest from NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0, commit 8bd77dc, 2026-11-23.
+# From NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0, commit 8bd77dc, 2026-11-23, the newest of them.
 # fmt: off
 MEASURED: dict[tuple[int, int], Table] = {
     (9, 0): {
