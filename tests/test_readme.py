@@ -16,6 +16,7 @@ from longctx import bench, bench_ring, bench_scaling, check, draw, evaluation, i
 from longctx.__main__ import COMMANDS, TrainArguments
 from longctx.config import Config, load_config
 from longctx.config_loader import key_names
+from longctx.table_parts import latest
 from longctx.weights import export_parser, import_parser, parse_bytes
 
 ROOT = Path(longctx.__file__).parent.parent
@@ -49,6 +50,26 @@ def test_python_runs(code, tmp_path):
 def test_the_first_example_is_five_lines_and_its_imports():
     lines = [line for line in PYTHON[0].splitlines() if line and not line.startswith(("import ", "from "))]
     assert len(lines) <= 5
+
+
+def test_the_first_screen_says_what_the_table_says():
+    """Ranges over the causal and full rows of head dim 128, then the backward of 256; of our kernel, cuDNN and FA4."""
+    rows = latest([r for r in results.read(results.RESULTS / "attention.csv") if r.name.startswith("attention/")])
+
+    def speeds(system, metric, heads, *masks):
+        of = [r for r in rows if r.name == f"attention/{system}" and r.metric == metric and not r.source]
+        return sorted(round(r.value) for r in of if r.config.endswith(tuple(f"heads of {heads}, {m}" for m in masks)))
+
+    told = " ".join(README[: README.index("On two H200")].split())
+    for metric in ("forward", "backward"):
+        for system in ("hopper", "cudnn-torch", "fa4"):
+            found = speeds(system, metric, 128, "causal", "full")
+            assert len(found) == 5
+            assert f"{found[0]} to {found[-1]}" in told, (system, metric)
+    (ours,), (cudnn,), (fa4,) = (
+        speeds(system, "backward", 256, "causal") for system in ("hopper", "cudnn-torch", "fa4")
+    )
+    assert f"at head dim 256 {ours}, where they have {cudnn} and {fa4}." in told
 
 
 def _make(words):
