@@ -43,6 +43,9 @@ from longctx.predecessors import sweep_contenders
 from longctx.results import RESULTS, append, environment
 from longctx.settings import parse_size
 
+# For one contender and case, unless --budget says another.
+BUDGET_S = 20.0
+
 __all__ = ["WRONG", "case_arguments", "cases_of", "main", "measure"]
 
 # The shapes that attention papers and this project's anchors use, then packed documents and a window. About four minutes
@@ -144,8 +147,7 @@ def _kind_arguments(p: argparse.ArgumentParser) -> None:
         help="our kernels alone: what it costs them to carry a ring's state, or to be told the mask row by row",
     )  # fmt: skip
     p.add_argument(
-        "--budget", type=float, metavar="SECONDS", default=20.0,
-        help="skip a contender where a case would take it longer (20)",
+        "--budget", type=float, metavar="SECONDS", help=f"skip a contender where a case would take it longer ({BUDGET_S:g})",
     )  # fmt: skip
     p.add_argument(
         "--time", type=float, metavar="SECONDS", default=math.inf, help="of the whole call: leave out the rest"
@@ -263,7 +265,8 @@ class _Asked:
             ConfigError: an option was given that this kind of measurement does not have.
         """
         args = self.args
-        for option, given in (("--plot", args.plot), ("--resume", args.resume), ("--time", args.time != math.inf)):
+        timing = {"--budget": args.budget is not None, "--time": args.time != math.inf}
+        for option, given in ({"--plot": args.plot, "--resume": args.resume} | timing).items():
             if given:
                 raise ConfigError(f"{kind} knows no {option}: leave it out")
 
@@ -288,7 +291,7 @@ def _run_times(asked: _Asked) -> int:
     print(asked.title("TFLOP/s forward / backward, {dtype}, median times"), flush=True)
     area, size = "attention" if args.sweep is None else "sweep", 256 if args.smoke else 8192
     earlier = kept(args.csv if args.resume else None, area, where)
-    budget = Budget(args.budget, args.time)
+    budget = Budget(BUDGET_S if args.budget is None else args.budget, args.time)
     bound = earlier.bound
     if bound is None:
         bound = matmul_tflops(device, dtype, size)

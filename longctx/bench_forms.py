@@ -23,7 +23,7 @@ from longctx.results import Measurement
 PLAIN = "plain"
 ROWS, CARRIED, LAST, ADDED = "mask by rows", "state carried on", "last of several", "gradients added to"
 DIRECTIONS = get_args(Direction)
-# What a form may take of the plain call's time. For which it is a rule: adding to gradients reads what a ring needs anyway.
+# What a form may take of the plain call's time; gradients that are added to are read as well, and have no limit.
 LIMIT = 1.03
 LIMITED = (ROWS, CARRIED, LAST)
 
@@ -148,14 +148,14 @@ def form_table(found: Sequence[CaseForms]) -> str:
     for result in found:
         label = result.case.label
         for name, form in dict.fromkeys(key[:2] for key in result.ms):
-            lines.append([label, name, form, *(form_cell(result, name, form, d) for d in DIRECTIONS)])
+            lines.append([label, name, form, *(_form_cell(result, name, form, d) for d in DIRECTIONS)])
         notes += [f"{label}: {name}: {why}" for name, why in result.refused.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([*text, *([""] if notes else []), *notes])
 
 
-def form_cell(result: CaseForms, name: str, form: str, direction: str) -> str:
+def _form_cell(result: CaseForms, name: str, form: str, direction: str) -> str:
     if (name, form, direction) not in result.ms:
         return "-"
     times = "" if form == PLAIN else f" ({result.slower(name, form, direction):.3f} x the time)"

@@ -136,6 +136,7 @@ def test_the_command(tmp_path, capsys):
     for words, message in (
         (["--only", "hoper"], "--forms --only hoper: did you mean 'hopper'"),
         (["--plot", "x.png"], "--forms knows no --plot"),
+        (["--budget", "5"], "--forms knows no --budget"),
     ):
         assert bench.main(["attention", "--smoke", "--forms", *words]) == 2
         assert message in capsys.readouterr().err
