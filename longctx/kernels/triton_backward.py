@@ -35,18 +35,8 @@ from longctx.kernels.tuning import Tile
 from longctx.masks import KeyRange
 
 _PLAIN_ARGS = [
-    "LO",
-    "HI",
-    "FIRST",
-    "LAST",
-    "stride_lo",
-    "stride_first",
-    "sq",
-    "sk",
-    "num_heads",
-    "num_kv_heads",
-    "group",
-    "section",
+    *("LO", "HI", "FIRST", "LAST", "stride_lo", "stride_first"),
+    *("sq", "sk", "num_heads", "num_kv_heads", "group", "section"),
 ]
 
 
