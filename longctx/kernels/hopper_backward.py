@@ -85,6 +85,8 @@ class Variant(Schedule):
 # 128, 4 x 8k x 16 heads full / causal: 591 / 577, of which dq without bank conflicts brings 20 / 36, and dv after dS with lse loaded
 # early some 20 / 20. The scale in lse instead of on dq: 589 / 582, but in fp16 it would cost digits. dq in the order of the
 # fragments, which nobody else could add to: 604 / 612; with it dq late as at 64 595 / 573, dk in flight over a step's end 588 / 474.
+# dq added from registers by vector reductions, without shared memory: 441 / 433 where 616 / 630 were these in the same run (at 64
+# and 256 it is a third slower, too). Programs that begin at other rows than their neighbours: 589 / 559 in that run.
 # 64, 1 x 32k x 16 heads: 563 / 533; not late 526 / 497; 64 rows and not late 436 / 444. 256, 1 x 32k x 8 heads, causal: 442; with P
 # and dS halved by rows instead of made by a warpgroup each 277.
 SCHEDULES = {

@@ -61,7 +61,7 @@ def _await_other(t, ds_ready, CID: gl.constexpr):
 
 
 @gluon.jit
-def _gradients(t, i, left_p, left_ds, q, do, dk, dv, scale, buffers, barriers, CID: gl.constexpr, V: gl.constexpr):
+def _gradients(t, i, j, left_p, left_ds, q, do, dk, dv, scale, buffers, barriers, CID: gl.constexpr, V: gl.constexpr):
     """From dS in shared memory on: dk, dv, and dq of this step; where V.late_dq of the step before.
 
     Late, the warpgroups need not meet: each finds the other's part of a dS that is a step old, and may be ahead by a step.
@@ -74,7 +74,7 @@ def _gradients(t, i, left_p, left_ds, q, do, dk, dv, scale, buffers, barriers, C
     if not V.with_dq:
         dk = warpgroup_mma(left_ds, q, dk, is_async=True)
         dv = warpgroup_mma_wait(1, deps=(dv,))
-        mbarrier.arrive(do_empty.index(i), count=1)
+        mbarrier.arrive(do_empty.index(j), count=1)
     elif V.late_dq:
         dq = _dq_product(t - 1, k_buf, ds_bufs, CID, V)
         dk = warpgroup_mma(left_ds, q, dk, is_async=True)
@@ -82,13 +82,13 @@ def _gradients(t, i, left_p, left_ds, q, do, dk, dv, scale, buffers, barriers, C
         if t > 0:
             put_dq(dq * scale, t - 1, dq_out[0], dq_out[1], dq_out[2])
         mbarrier.arrive(ds_ready.index(2 * CID + (t & 1)), count=1)
-        mbarrier.arrive(do_empty.index(i), count=1)
+        mbarrier.arrive(do_empty.index(j), count=1)
     else:
         # Two buffers for dS, so that one meeting of the warpgroups per block suffices: nobody is two blocks ahead.
         named_barrier_sync(9, 256)
         dq = _dq_product(t, k_buf, ds_bufs, CID, V)
         dv = warpgroup_mma_wait(1, deps=(dv,))
-        mbarrier.arrive(do_empty.index(i), count=1)
+        mbarrier.arrive(do_empty.index(j), count=1)
         dk = warpgroup_mma(left_ds, q, dk, is_async=True)
         dq = warpgroup_mma_wait(1, deps=(dq,))
         put_dq(dq * scale, t, dq_out[0], dq_out[1], dq_out[2])
@@ -111,16 +111,16 @@ def _step(t, m, dk, dv, kc, vc, bounds, units, buffers, barriers, CID: gl.conste
     OF_ROWS: gl.constexpr = gl.SliceLayout(0, SCORES)
     dtype: gl.constexpr = q_bufs.dtype
     i = t % V.stages
-    phase = (t // V.stages) & 1
+    j = t % V.do_stages
     q = q_bufs.index(i)
-    do = do_bufs.index(i)
+    do = do_bufs.index(j)
     zeros = gl.zeros([64, ROWS], gl.float32, layout=SCORES)
-    mbarrier.wait(q_full.index(i), phase)
+    mbarrier.wait(q_full.index(i), (t // V.stages) & 1)
     s = warpgroup_mma(kc, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if not V.late_dq:
         # Under the product; late there are no registers to hold it.
         lse = lse_bufs.index(i).load(OF_ROWS)
-    mbarrier.wait(do_full.index(i), phase)
+    mbarrier.wait(do_full.index(j), (t // V.do_stages) & 1)
     dp = warpgroup_mma(vc, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     if V.late_dq:
@@ -133,14 +133,14 @@ def _step(t, m, dk, dv, kc, vc, bounds, units, buffers, barriers, CID: gl.conste
     if SOFTCAP > 0.0:
         p *= slope
     dp = warpgroup_mma_wait(0, deps=(dp,))
-    ds = (p * (dp - delta_bufs.index(i).load(OF_ROWS)[None, :])).to(dtype)
+    ds = (p * (dp - delta_bufs.index(j).load(OF_ROWS)[None, :])).to(dtype)
     left_ds = gl.convert_layout(ds, LEFT)
     if V.with_dq:
         if V.late_dq:
             # The other's part of the step before is there, and what is overwritten here it has used.
             _await_other(t, ds_ready, CID)
         ds_bufs.index(t & 1).slice(CID * 64, 64, dim=0).store(ds)
-    return _gradients(t, i, left_p, left_ds, q, do, dk, dv, scale, buffers, barriers, CID, V)
+    return _gradients(t, i, j, left_p, left_ds, q, do, dk, dv, scale, buffers, barriers, CID, V)
 
 
 @gluon.jit
