@@ -33,14 +33,14 @@ from longctx.bench_forms import (
     measure_forms,
 )
 from longctx.bench_kept import kept
-from longctx.bench_output import bound_row, rows_of, table
-from longctx.bench_timing import WRONG, Budget, matmul_tflops, measure
+from longctx.bench_output import rows_of, table
+from longctx.bench_timing import WRONG, Budget, CaseResult, measure
 from longctx.errors import ConfigError, KernelError, LongCtxError, did_you_mean
 from longctx.figures import attention_bars, draw, redraw, sweep_lines
 from longctx.kernels import kernel_names
 from longctx.peers import Case, Contender, contenders
 from longctx.predecessors import sweep_contenders
-from longctx.results import RESULTS, append, environment
+from longctx.results import RESULTS, Measurement, append, environment
 from longctx.settings import parse_size
 
 # For one contender and case, unless --budget says another.
@@ -48,7 +48,7 @@ BUDGET_S = 20.0
 
 __all__ = ["WRONG", "case_arguments", "cases_of", "main", "measure"]
 
-# The shapes that attention papers and this project's anchors use, then packed documents and a window. About four minutes
+# The shapes that attention papers and this project's anchors use, then packed documents and a window. About five minutes
 # on an H100 with every peer.
 DEFAULT_CASES = (
     Case(batch=4, seq_len=8192, heads=16, kv_heads=16, head_dim=64),
@@ -292,25 +292,26 @@ def _run_times(asked: _Asked) -> int:
     area, size = "attention" if args.sweep is None else "sweep", 256 if args.smoke else 8192
     earlier = kept(args.csv if args.resume else None, area, where)
     budget = Budget(BUDGET_S if args.budget is None else args.budget, args.time)
-    bound = earlier.bound
-    if bound is None:
-        bound = matmul_tflops(device, dtype, size)
-        if args.csv:
-            append(args.csv, [bound_row(bound, size, area, **where)])
-    rows, results = [bound_row(bound, size, area, **where)], []
+    rows: list[Measurement] = []
+    results: list[CaseResult] = []
     for case in asked.cases:
         began = time.perf_counter()
         known = earlier.tflops.get(case.label, {})
-        result = measure(case, asked.entrants, device, dtype, budget=budget, with_parts=args.sweep is None, kept=known)
+        result = measure(
+            case, asked.entrants, device, dtype,
+            budget=budget, with_parts=args.sweep is None, kept=known, product_size=size,
+        )  # fmt: skip
+        new = replace(result, tflops={name: got for name, got in result.tflops.items() if name not in known})
+        if result.bound is None:
+            result.bound = earlier.bounds.get(case.label)
         results.append(result)
         rows += rows_of(result, area, **where)
         took = time.perf_counter() - began
         print(f"measured {case.label} in {took:.0f} s ({len(known)} known)", file=sys.stderr, flush=True)
         if args.csv:
             # Case by case: what was measured is not lost when the rest is interrupted.
-            new = replace(result, tflops={name: got for name, got in result.tflops.items() if name not in known})
             append(args.csv, rows_of(new, area, **where))
-    print(table(results, asked.entrants, bound, with_both=args.sweep is not None))
+    print(table(results, asked.entrants, with_both=args.sweep is not None))
     if args.plot:
         titles = {entrant.name: entrant.title for entrant in asked.entrants}
         draw(sweep_lines(rows, titles) if args.sweep is not None else attention_bars(rows, titles), args.plot)

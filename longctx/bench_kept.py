@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from longctx.bench_output import PRODUCT
 from longctx.bench_timing import TIMED
 from longctx.results import read
 from longctx.tables import latest
@@ -20,11 +21,11 @@ class Kept:
 
     Args:
         tflops: configuration -> contender -> metric -> TFLOP/s; contenders of which every metric of `TIMED` is there.
-        bound: the matrix product's TFLOP/s; None where it was not measured.
+        bounds: configuration -> the matrix product's TFLOP/s beside it.
     """
 
     tflops: Mapping[str, Mapping[str, dict[str, float]]]
-    bound: float | None
+    bounds: Mapping[str, float]
 
 
 def kept(path: Path | None, area: str, where: Mapping[str, str | int]) -> Kept:
@@ -38,7 +39,7 @@ def kept(path: Path | None, area: str, where: Mapping[str, str | int]) -> Kept:
         ConfigError: the file is not one of measurements.
     """
     if path is None or not path.exists():
-        return Kept({}, None)
+        return Kept({}, {})
     rows = [
         row
         for row in latest(read(path))
@@ -51,5 +52,4 @@ def kept(path: Path | None, area: str, where: Mapping[str, str | int]) -> Kept:
         config: {name: got for name, got in of_case.items() if set(TIMED) <= set(got)}
         for config, of_case in found.items()
     }
-    bound = next((row.value for row in rows if row.name == f"{area}/matmul"), None)
-    return Kept(whole, bound)
+    return Kept(whole, {row.config: row.value for row in rows if row.name == f"{area}/{PRODUCT}"})

@@ -8,11 +8,13 @@ from longctx.bench_timing import TIMED, CaseResult
 from longctx.peers import Contender
 from longctx.results import Measurement
 
+# The matrix product's name among the measurements.
+PRODUCT = "matmul"
 
-def table(
-    results: Sequence[CaseResult], entrants: Sequence[Contender], bound: float, *, with_both: bool = False
-) -> str:
-    """Forward / backward (/ both) TFLOP/s, the best peer's share of ours, and the reasons where there is no number."""
+
+def table(results: Sequence[CaseResult], entrants: Sequence[Contender], *, with_both: bool = False) -> str:
+    """Forward / backward (/ both) TFLOP/s beside a matrix product's, ours over the best peer's, and the reasons where there is
+    no number."""
     shown = [c for c in entrants if any(c.name in r.tflops for r in results)]
     header = ["batch x length, heads, mask", "matmul", *(c.title for c in shown), "ours / best peer"]
     body, notes = [], []
@@ -20,7 +22,7 @@ def table(
         body.append(
             [
                 r.case.label,
-                _number(bound),
+                "-" if r.bound is None else _number(r.bound),
                 *(_speeds(r.tflops.get(c.name), with_both) for c in shown),
                 _ratio(r, entrants),
             ]
@@ -58,24 +60,18 @@ def _ratio(result: CaseResult, entrants: Sequence[Contender]) -> str:
     return " / ".join(cells)
 
 
-def bound_row(bound: float, size: int, area: str = "attention", **where) -> Measurement:
-    """The hardware's bound as a measurement; `where`: the columns of `results.environment`."""
-    return Measurement(
-        name=f"{area}/matmul", config=f"{size} cubed", metric="forward", value=bound, unit="TFLOP/s", **where
-    )
-
-
 def rows_of(result: CaseResult, area: str = "attention", **where) -> list[Measurement]:
-    """One case's results as measurements.
+    """One case's results as measurements, the matrix product's among them.
 
     Args:
         area: "attention", or "sweep": the first part of their names.
         where: the columns of `results.environment`.
     """
+    bound = {} if result.bound is None else {PRODUCT: {"forward": result.bound}}
     return [
         Measurement(
             name=f"{area}/{name}", config=result.case.label, metric=metric, value=value, unit="TFLOP/s", **where
         )
-        for name, got in result.tflops.items()
+        for name, got in (bound | result.tflops).items()
         for metric, value in got.items()
     ]

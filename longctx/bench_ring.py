@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import platform
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,7 @@ import torch.distributed as dist
 
 from longctx.bench import WRONG, case_arguments, cases_of, rows_with, token_count
 from longctx.bench_ring_output import RingResult, rows_of, table
-from longctx.bench_ring_timing import Side, largest, waiting_ms
-from longctx.bench_rounds import ROUNDS
+from longctx.bench_ring_timing import ROUNDS, Side, largest, waiting_ms
 from longctx.errors import ConfigError, LongCtxError, did_you_mean
 from longctx.figures import draw, ring_bars
 from longctx.functional import attention
@@ -81,7 +81,8 @@ def measure(case: Case, entrants: Sequence[RingContender], ranks: Ranks, dtype: 
             torch.cuda.empty_cache()
     del exact
     for turn in range(ROUNDS):
-        for side in sides:
+        # On every rank the same order, and in every round another: who comes after something that draws less power looks faster.
+        for side in random.Random(turn).sample(sides, len(sides)):
             if side.name not in result.refused and turn < side.rounds:
                 with _reasons(result, side.name, ranks):
                     side.take_turn(ranks)

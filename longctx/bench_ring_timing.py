@@ -1,4 +1,7 @@
-"""Times of several ways to attend over the same ranks, taken in turns: see `bench_rounds` for why."""
+"""Times of several ways to attend over the same ranks, taken in turns: see `bench_rounds` for why.
+
+Here a turn is a moment and not a single call: to open one way and close another takes longer than its calls.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,23 @@ import torch
 import torch.distributed as dist
 
 from longctx.bench_ring_output import METRICS
-from longctx.bench_rounds import ROUNDS, rounds_of
 from longctx.parallel.journal import Journal
 from longctx.peers_ring import Attend, Ranks
 
+ROUNDS = 5
+# What takes longer is timed in fewer rounds: its own length steadies it, and has warmed it up.
+LONG_S, LONG_ROUNDS = 0.2, 3
+VERY_LONG_S = 1.0
 # In a round each call is repeated for about so long, but at most so often; one that takes longer is not warmed up anew.
 MOMENT_S = 0.1
 MOST_CALLS = 4
 # Calls over which waiting is averaged.
 WAITED = 3
+
+
+def rounds_of(seconds: float) -> int:
+    """In how many rounds a call of that length is timed."""
+    return 1 if seconds > VERY_LONG_S else LONG_ROUNDS if seconds > LONG_S else ROUNDS
 
 
 @dataclass

@@ -11,11 +11,13 @@ from functools import cached_property
 
 import torch
 
-from longctx.bench_rounds import Call, median_ms, medians_ms
+from longctx.bench_rounds import Call, medians_ms, timed_once, warmed_up
 from longctx.peers import Case, Contender, Gradients, Prepared, Unavailable, reasons
 
 # What is measured of every contender.
 TIMED = ("forward", "backward", "forward+backward")
+# Before a metric: of the kernel alone.
+ALONE = "block "
 # A relative RMS error of bf16 attention is about 3e-3; a wrong mask, scale or head is beyond 1e-1.
 WRONG = 2e-2
 SAMPLED_ROWS = 16
@@ -25,17 +27,22 @@ HELD_SHARE = 1 / 16
 
 @dataclass
 class CaseResult:
-    """TFLOP/s by contender and metric; where there is no number, the reason."""
+    """TFLOP/s by contender and metric; where there is no number, the reason.
+
+    Args:
+        bound: what a matrix product reached in the same turns; None where it took none.
+    """
 
     case: Case
     tflops: dict[str, dict[str, float]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    bound: float | None = None
 
 
-def timing_seconds(seconds: float) -> float:
-    """That timing a forward and a backward takes, which take `seconds` together."""
-    return Call(lambda: None, seconds).expected
+def timing_seconds(forward: float, backward: float) -> float:
+    """That timing a forward and a backward takes, which take so many seconds."""
+    return sum(Call(lambda: None, seconds).expected for seconds in (forward, backward))
 
 
 class Budget:
@@ -79,21 +86,23 @@ class Budget:
         if speed is not None:
             seconds = 3.5 * case.forward_flops / speed
             # To compile, to check, and to time.
-            self._refuse(2 * seconds + timing_seconds(seconds), f"at its last {speed / 1e12:.3g} TFLOP/s")
+            timing = timing_seconds(seconds / 3.5, seconds * 2.5 / 3.5)
+            self._refuse(2 * seconds + timing, f"at its last {speed / 1e12:.3g} TFLOP/s")
 
     def record(self, entrant: Contender, case: Case, seconds: float) -> None:
         """Remember how long a forward and a backward took together."""
         self._flops_per_second[self._key(entrant, case)] = 3.5 * case.forward_flops / seconds
 
-    def refuse_measured(self, seconds: float, pairs: float = 1.0) -> None:
+    def refuse_measured(self, forward: float, backward: float, pairs: float = 1.0) -> None:
         """
         Args:
-            pairs: of a forward and a backward that are timed.
+            forward, backward: the seconds of each.
+            pairs: of them that are timed.
 
         Raises:
             Unavailable: a forward and a backward took too long to be repeated.
         """
-        self._refuse(pairs * timing_seconds(seconds), "by its first forward and backward")
+        self._refuse(pairs * timing_seconds(forward, backward), "by its first forward and backward")
 
     def _refuse(self, expected: float, why: str) -> None:
         if expected > self.seconds:
@@ -132,6 +141,7 @@ def measure(
     budget: Budget | None = None,
     with_parts: bool = True,
     kept: Mapping[str, dict[str, float]] | None = None,
+    product_size: int | None = None,
 ) -> CaseResult:
     """Every contender on one case: each checked first, then all timed by turns. One that fails leaves its reason.
 
@@ -139,6 +149,7 @@ def measure(
         budget: of a run over several cases; None: no limit.
         with_parts: also time what `Prepared.parts` names.
         kept: what contenders reached in an earlier run, by metric: these are not run again.
+        product_size: of the matrix product, cubed, that takes turns with them, if any of them does; None: no product.
     """
     result = CaseResult(case)
     budget = Budget(float("inf")) if budget is None else budget
@@ -155,12 +166,11 @@ def measure(
             _time(result, {entrant.name: calls}, device)
         elif calls:
             entered[entrant.name] = calls
-            # That of each is the time of a forward and a backward together.
-            budget.reserve(sum(call.expected for call in calls.values()) / 2)
+            budget.reserve(sum(call.expected for call in calls.values()))
         del calls
         _free(device)
     budget.release()
-    _time(result, entered, device)
+    _time(result, entered, device, _Product.make(device, dtype, product_size) if product_size and entered else None)
     entered.clear()
     _free(device)
     result.tflops = {entrant.name: result.tflops[entrant.name] for entrant in entrants if entrant.name in result.tflops}
@@ -190,51 +200,57 @@ def _admitted(
 
 def _check_in_time(
     case: Case, entrant: Contender, prepared: Prepared, oracle: SampledRows, budget: Budget, with_parts: bool
-) -> float:
-    """Seconds of a forward and a backward, whose results are right."""
+) -> dict[str, float]:
+    """Seconds of the forward and of the backward, whose results are right."""
     device = oracle.out.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
     # What there was to compile was compiled when it was prepared.
-    began = time.perf_counter()
-    out, gradients = prepared.forward(), prepared.backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - began
-    budget.record(entrant, case, seconds)
+    out, forward = timed_once(prepared.forward, device)
+    gradients, backward = timed_once(prepared.backward, device)
+    budget.record(entrant, case, forward + backward)
     oracle.check(out, gradients)
-    budget.refuse_measured(seconds, 1 + len(prepared.parts) / 2 if with_parts else 1)
-    return seconds
+    budget.refuse_measured(forward, backward, 1 + len(prepared.parts) / 2 if with_parts else 1)
+    return {"forward": forward, "backward": backward}
 
 
-def _calls(prepared: Prepared, seconds: float, with_parts: bool) -> dict[str, Call]:
+def _calls(prepared: Prepared, seconds: Mapping[str, float], with_parts: bool) -> dict[str, Call]:
     runs: dict[str, Callable[[], object]] = {"forward": prepared.forward, "backward": prepared.backward}
     if with_parts:
         runs |= prepared.parts
-    return {metric: Call(run, seconds) for metric, run in runs.items()}
+    return {metric: Call(run, seconds[metric.removeprefix(ALONE)]) for metric, run in runs.items()}
 
 
-def _time(result: CaseResult, entered: Mapping[str, dict[str, Call]], device: torch.device) -> None:
-    """Time contenders by turns: the forward of all, the backward of all, then their parts."""
-    metrics = dict.fromkeys(metric for calls in entered.values() for metric in calls)
-    turns = {(name, m): calls[m] for m in metrics for name, calls in entered.items() if m in calls}
-    ms, failed = medians_ms(turns, device)
+@dataclass(frozen=True)
+class _Product:
+    """The machine's own matrix product: the bound beside which attention stands."""
+
+    call: Call
+    flops: float
+
+    @classmethod
+    def make(cls, device: torch.device, dtype: torch.dtype, size: int) -> _Product:
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        return cls(warmed_up(lambda: a @ b, device), 2.0 * size**3)
+
+
+def _time(
+    result: CaseResult, entered: Mapping[str, dict[str, Call]], device: torch.device, product: _Product | None = None
+) -> None:
+    """Time contenders by turns: every call of each, and the product."""
+    turns = {(name, metric): call for name, calls in entered.items() for metric, call in calls.items()}
+    bounding = ("", "product")
+    ms, failed = medians_ms(turns if product is None else {bounding: product.call, **turns}, device)
+    if product is not None and bounding in ms:
+        result.bound = product.flops / ms[bounding] / 1e9
     work = {"forward": result.case.forward_flops, "backward": 2.5 * result.case.forward_flops}
     for name, calls in entered.items():
         errors = [failed[name, m] for m in calls if (name, m) in failed]
         if errors:
             result.refused[name] = _one_line(errors[0])
             continue
-        tflops = {m: work[m.removeprefix("block ")] / ms[name, m] / 1e9 for m in calls}
+        tflops = {m: work[m.removeprefix(ALONE)] / ms[name, m] / 1e9 for m in calls}
         # One after the other on one stream: the time of both is the sum.
         tflops["forward+backward"] = sum(work.values()) / (ms[name, "forward"] + ms[name, "backward"]) / 1e9
         result.tflops[name] = tflops
-
-
-def matmul_tflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """What the machine's own matrix product of `size` cubed reaches: the bound beside which attention stands."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / median_ms(lambda: a @ b, device) / 1e9
 
 
 class WrongResult(Exception):

@@ -7,6 +7,7 @@ What is drawn is data first (`Picture`); the PNG carries a digest of it, so that
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from longctx.kernels import kernel_names
 from longctx.peers import contenders, short
 from longctx.predecessors import sweep_contenders
 from longctx.results import Measurement, read
-from longctx.table_parts import latest, of_last_gpu, provenance
+from longctx.table_parts import WHOLE_RUN, latest, of_last_gpu, provenance
 
 _DIGEST_KEY = "longctx data"
 _RING_ALONE, _RING_PEERS = "one GPU", ("torch-cp", "ulysses-torch")
@@ -203,7 +204,10 @@ def _wrapped(groups: Iterable[str]) -> tuple[tuple[int, str], ...]:
 
 
 def _bound(rows: Sequence[Measurement]) -> float | None:
-    return next((row.value for row in rows if row.name.endswith("/matmul")), None)
+    """The median over the cases; of early runs the one figure of the whole run."""
+    found = [row for row in rows if row.name.endswith("/matmul")]
+    of_cases = [row for row in found if row.config != WHOLE_RUN] or found
+    return statistics.median(row.value for row in of_cases) if of_cases else None
 
 
 def draw(picture: Picture, path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from longctx.kernels import kernel_names
 from longctx.results import Measurement
-from longctx.table_parts import OLDER, latest, mark, markdown, newest_commit, of_last_gpu, provenance
+from longctx.table_parts import OLDER, WHOLE_RUN, latest, mark, markdown, newest_commit, of_last_gpu, provenance
 
 # system -> column, in order; "*" marks the figures that stand in anchors.csv only.
 _ATTENTION_COLUMNS = {
@@ -43,8 +43,7 @@ def attention_table(rows: Sequence[Measurement]) -> str:
         for config in dict.fromkeys(r.config for r in (*anchors, *here) if r.name != "attention/matmul"):
             line = [config]
             for system in systems:
-                # The bound is one figure of the whole run, written in every row.
-                got = cells.get((config, system)) or (system == "matmul" and _any_config(cells, system)) or {}
+                got = cells.get((config, system)) or (system == "matmul" and cells.get((WHOLE_RUN, system))) or {}
                 line.append(" / ".join(got.get(m, "-") for m in ("forward", "backward")) if got else "-")
                 if system == "matmul" and got:
                     line[-1] = got["forward"]
@@ -59,10 +58,6 @@ def attention_table(rows: Sequence[Measurement]) -> str:
         notes.append("`*` measured earlier on such a GPU (`benchmarks/results/anchors.csv`).")
     notes.append(OLDER if "†" in text else "All other figures are of one commit." if notes else "All of one commit.")
     return "\n\n".join([*tables, " ".join(notes)])
-
-
-def _any_config(cells: dict[tuple[str, str], dict[str, str]], system: str) -> dict[str, str] | None:
-    return next((got for (_, s), got in cells.items() if s == system), None)
 
 
 _ERROR_TENSORS = ("out", "lse", "dq", "dk", "dv")
@@ -122,7 +117,7 @@ def forms_table(rows: Sequence[Measurement]) -> str:
         if row is None:
             return "-"
         plain = found.get((kernel, config, "plain", direction))
-        times = "" if form == "plain" or plain is None else f" ({plain.value / row.value:.2f} x)"
+        times = "" if form == "plain" or plain is None else f" ({plain.value / row.value:.3f} x)"
         return f"{row.value:.0f}{mark(row, commit)}{times}"
 
     body = [

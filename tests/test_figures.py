@@ -57,6 +57,14 @@ def test_bars_are_the_newest_values_of_the_newest_gpu():
     assert picture.ticks == ((0, "1 x 32k\n16/16 heads of 128\ncausal"), (1, "1 x 16k\n16/16 heads of 128\ncausal"))
     assert picture.bound == 800.0
     assert "GPU X" in picture.title
+    beside = [
+        {"name": "attention/matmul", "config": f"{n}k, 1/1 heads of 64, full", "value": v}
+        for n, v in ((1, 700.0), (2, 760.0), (4, 720.0))
+    ]
+    whole = {"name": "attention/matmul", "config": "8192 cubed", "value": 800.0}
+    picture = figures.attention_bars(rows({}, whole, *beside))
+    assert picture.bound == 720.0
+    assert len(picture.ticks) == 1, "a product has no place of its own"
 
 
 def test_a_sweep_has_a_column_for_each_head_dim_and_mask():

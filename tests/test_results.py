@@ -121,6 +121,16 @@ class TestTables:
         assert "| 1 x 32k, 16/16 heads of 128, causal | 800 | 642* / 617* | 402 / 331 | - |" in text
         assert "GPU X, torch 2.11.0, triton 3.6.0, commit abc123, 2026-01-02" in text
 
+    def test_a_bound_is_of_its_own_row(self):
+        other = "4 x 8k, 16/16 heads of 128, full"
+        beside = row(name="attention/matmul", value=750.0)
+        rows = [row(value=402.4), row(config=other, value=500.0), beside]
+        assert f"| {other} | - | 500 / - |" in tables.attention_table(rows)
+        whole = row(name="attention/matmul", config="8192 cubed", value=800.0)
+        text = tables.attention_table([*rows, whole])
+        assert f"| {other} | 800 | 500 / - |" in text
+        assert f"| {beside.config} | 750 | 402 / - |" in text
+
     def test_a_measured_peer_replaces_its_anchor(self):
         anchor = row(name="attention/fa2", value=300.0, source="measured earlier", date="")
         measured = row(name="attention/fa2", value=310.0)
