@@ -52,7 +52,7 @@ class SequenceLayout(ABC):
         if not 0 <= rank < world:
             raise PlanError(f"rank {rank} is not one of the {world} ranks of this layout")
         positions = self._positions(rank, world, seq_len).contiguous()
-        assert bool((positions.diff() > 0).all()), f"layout {self.name}: positions of a rank must ascend"
+        assert bool((positions[1:] > positions[:-1]).all()), f"layout {self.name}: positions of a rank must ascend"
         return positions
 
     def check(self, world: int, seq_len: int) -> None:
@@ -270,6 +270,23 @@ def shard_multiple(layout: SequenceLayout, ring: int, ulysses: int, local_multip
     return math.lcm(layout.multiple(ring), ring * ulysses * local_multiple)
 
 
+def padded_sequence(
+    seq_len: int, mask: AttentionMask, layout: SequenceLayout, ring: int, ulysses: int, local_multiple: int = 1
+) -> tuple[int, AttentionMask, SequenceLayout]:
+    """The length to which a sequence is padded so that it can be cut evenly, and the mask and the layout on that length.
+
+    Raises:
+        PlanError: there is nothing to cut, or nobody to cut it for.
+    """
+    if ring < 1:
+        layout.check(ring, seq_len)
+    if seq_len < 1:
+        raise PlanError(f"seq_len = {seq_len:_}: a sequence has at least 1 position")
+    length = padded_length(seq_len, shard_multiple(layout, ring, ulysses, local_multiple))
+    mask = padded(mask, seq_len, length)
+    return length, mask, layout.for_mask(mask, ring, length)
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceMeta:
     """Where the tokens of a shard stand in the whole sequence, and who sees whom. Passed down through the model.
@@ -329,12 +346,7 @@ class SequenceMeta:
         layout = get_layout(layout) if isinstance(layout, str) else layout or ZigZag()
         if not 0 <= ulysses_rank < ulysses_world:
             raise PlanError(f"ulysses rank {ulysses_rank} is not one of {ulysses_world}")
-        if ring_world < 1:
-            layout.check(ring_world, seq_len)
-        if seq_len < 1:
-            raise PlanError(f"seq_len = {seq_len:_}: a sequence has at least 1 position")
-        length = padded_length(seq_len, shard_multiple(layout, ring_world, ulysses_world, local_multiple))
-        layout = layout.for_mask(padded(mask, seq_len, length), ring_world, length)
+        length, _, layout = padded_sequence(seq_len, mask, layout, ring_world, ulysses_world, local_multiple)
         positions = layout.positions(ring_rank, ring_world, length)
         mine = positions.view(ulysses_world, -1)[ulysses_rank].to(device)
         return SequenceMeta(seq_len, mask, layout, ring_rank, ring_world, mine, ulysses_rank, ulysses_world)

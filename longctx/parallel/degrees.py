@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from longctx.errors import PlanError, Problem
-from longctx.layout import SequenceLayout, SequenceMeta
+from longctx.layout import SequenceLayout, padded_sequence
 from longctx.masks import AttentionMask
 from longctx.parallel.cost import (
     KERNEL_FLOPS,
@@ -247,19 +247,11 @@ def attention_estimate(
     ulysses_in_one_node: bool,
 ) -> Estimate:
     """Of one split, with the strategy that the ring would take and the way in which heads would be exchanged; remembered."""
-    meta = SequenceMeta.of(
-        work.seq_len,
-        mask=work.mask,
-        layout=layout,
-        ring_rank=0,
-        ring_world=ring,
-        ulysses_rank=0,
-        ulysses_world=ulysses,
-    )
-    hops = hop_shares(meta.padded_mask, meta.layout, ring, meta.padded_len)
+    length, mask, layout = padded_sequence(work.seq_len, work.mask, layout, ring, ulysses)
+    hops = hop_shares(mask, layout, ring, length)
     shape = Shape(
         batch=work.batch,
-        local_len=meta.padded_len // ring,
+        local_len=length // ring,
         num_heads=work.num_heads // ulysses,
         num_kv_heads=max(work.num_kv_heads, ulysses) // ulysses,
         head_dim=work.head_dim,
