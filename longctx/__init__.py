@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from longctx.config import load_config
     from longctx.errors import LongCtxError
     from longctx.functional import context_parallel_attention, linear_cross_entropy, ring_attention
-    from longctx.layout import SequenceMeta, get_layout
+    from longctx.layout import get_layout
     from longctx.masks import Causal, Documents, Full, PrefixLM, SlidingWindow
     from longctx.model import ModelConfig, Transformer
     from longctx.parallel.mesh import ParallelMesh
     from longctx.parallel.plan import ParallelPlan
+    from longctx.sequence import SequenceMeta
     from longctx.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -34,7 +35,7 @@ _HOME = {
     "ParallelMesh": "longctx.parallel.mesh",
     "ParallelPlan": "longctx.parallel.plan",
     "PrefixLM": "longctx.masks",
-    "SequenceMeta": "longctx.layout",
+    "SequenceMeta": "longctx.sequence",
     "SlidingWindow": "longctx.masks",
     "Trainer": "longctx.trainer",
     "Transformer": "longctx.model",

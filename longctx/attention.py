@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from longctx.errors import ShapeError
 from longctx.functional import attention, context_parallel_attention
 from longctx.kernels import check_softcap
-from longctx.layout import SequenceMeta
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.strategy import ContextStrategy, get_strategy
+from longctx.sequence import SequenceMeta
 
 
 class ParallelAttention(nn.Module):

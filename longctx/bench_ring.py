@@ -21,10 +21,10 @@ from longctx.bench_ring_timing import ROUNDS, Side, largest, waiting_ms
 from longctx.errors import ConfigError, LongCtxError, did_you_mean
 from longctx.figures import draw, ring_bars
 from longctx.functional import attention
-from longctx.layout import SequenceMeta
 from longctx.peers import Case, Unavailable
 from longctx.peers_ring import Attend, OneGpu, OneGpuHalo, Ranks, RingContender, ring_contenders
 from longctx.results import append, environment
+from longctx.sequence import SequenceMeta
 from longctx.testing import run_distributed
 
 # The table that the project holds itself to on two GPUs.

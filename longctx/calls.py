@@ -12,7 +12,6 @@ from torch._compile import _disable_dynamo
 
 from longctx.errors import ShapeError, format_problems
 from longctx.kernels import check_block, check_softcap, state_dtype
-from longctx.layout import SequenceMeta
 from longctx.masks import AttentionMask
 from longctx.parallel.chunks import resolve_split
 from longctx.parallel.cost import Shape, Split
@@ -20,6 +19,7 @@ from longctx.parallel.degrees import ulysses_problems
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.schedule import RingSchedule
 from longctx.parallel.strategy import ContextStrategy, resolve_strategy
+from longctx.sequence import SequenceMeta
 
 
 class AttentionOverRanks(Protocol):

@@ -25,8 +25,9 @@ import torch
 
 from longctx.corpus import find_corpus
 from longctx.errors import DataError, Problem
-from longctx.layout import SequenceLayout, SequenceMeta
+from longctx.layout import SequenceLayout
 from longctx.masks import AttentionMask, Causal, Documents, Full, SlidingWindow
+from longctx.sequence import SequenceMeta
 from longctx.shapes import NO_TARGET
 from longctx.tokenizer import load_tokenizer
 from longctx.tokens import TokenDataset, open_tokens

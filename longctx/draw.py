@@ -16,8 +16,9 @@ import torch
 
 from longctx.balance import ring_time, tile_work
 from longctx.errors import ConfigError, LongCtxError
-from longctx.layout import LAYOUTS, Auto, SequenceLayout, SequenceMeta, get_layout, layout_names
+from longctx.layout import LAYOUTS, Auto, SequenceLayout, get_layout, layout_names
 from longctx.masks import AttentionMask, Causal, Documents, Full, PrefixLM, SlidingWindow
+from longctx.sequence import SequenceMeta
 from longctx.settings import parse_size
 
 # One character a rank in the bar; with more ranks than these they come round again.

@@ -18,7 +18,7 @@ from longctx.flash import (
 )
 from longctx.kernels import check_block, check_softcap
 from longctx.kernels.sinks import check_sinks
-from longctx.layout import SequenceLayout, SequenceMeta, get_layout
+from longctx.layout import SequenceLayout, get_layout
 from longctx.masks import AttentionMask, Causal
 from longctx.parallel.chunks import keys_of_chunk
 from longctx.parallel.loss import linear_cross_entropy
@@ -26,6 +26,7 @@ from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.schedule import RingSchedule
 from longctx.parallel.strategy import ContextStrategy, get_strategy
 from longctx.parallel.ulysses import exchanged_attention
+from longctx.sequence import SequenceMeta
 
 __all__ = [
     "attention",

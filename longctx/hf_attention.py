@@ -20,10 +20,10 @@ from longctx.errors import KernelError, ShapeError
 from longctx.flash import interval_attention
 from longctx.functional import attention, context_parallel_attention
 from longctx.hf_masks import VisibleKeys, document_mask
-from longctx.layout import SequenceMeta
 from longctx.masks import AttentionMask, Causal, Full, Intersection, SlidingWindow
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.strategy import ContextStrategy
+from longctx.sequence import SequenceMeta
 
 NAME = "longctx"
 

@@ -21,12 +21,13 @@ from longctx.errors import KernelError, PlanError, Problem, ShapeError, format_p
 from longctx.functional import linear_cross_entropy
 from longctx.hf_attention import NAME, Span
 from longctx.hf_masks import document_mask
-from longctx.layout import SequenceLayout, SequenceMeta
+from longctx.layout import SequenceLayout
 from longctx.masks import AttentionMask, Causal, Documents
 from longctx.model import keep_attention
 from longctx.parallel.degrees import ulysses_problems
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.strategy import ContextStrategy, get_strategy
+from longctx.sequence import SequenceMeta
 from longctx.shapes import NO_TARGET
 
 # The kinds of layers, in the configurations' `layer_types`, whose tokens see each other through attention only, by intervals.

@@ -16,7 +16,6 @@ from longctx.attention import ParallelAttention
 from longctx.errors import ConfigError, format_problems
 from longctx.initial import init_parameter
 from longctx.kernels.fused import Fused, check_fused, rms_norm, silu_mul
-from longctx.layout import SequenceMeta
 from longctx.masks import SlidingWindow
 from longctx.model_config import ModelConfig
 from longctx.offload import ActivationOffload, KeptLayer
@@ -24,6 +23,7 @@ from longctx.parallel.loss import LMHead, check_token_ids
 from longctx.parallel.strategy import KEPT_OPERATORS
 from longctx.parallel.tensor import ALONE, MAY_KEEP_OPS, TensorParallel, VocabularyEmbedding
 from longctx.rope import apply_rope, rope_cos_sin, rope_frequencies
+from longctx.sequence import SequenceMeta
 from longctx.shapes import check_shapes
 from longctx.tiled_mlp import tiled_swiglu
 

@@ -20,9 +20,9 @@ import torch
 
 from longctx.errors import ConfigError, LongCtxError
 from longctx.functional import attention, context_parallel_attention
-from longctx.layout import SequenceMeta
 from longctx.parallel.mesh import ParallelMesh
 from longctx.results import Measurement, append, environment
+from longctx.sequence import SequenceMeta
 from longctx.table_parts import markdown
 from longctx.testing import run_virtual_ring
 

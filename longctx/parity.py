@@ -19,13 +19,13 @@ from longctx.comparison import FLOORS, Comparison, Tally
 from longctx.data import PADDING_TOKEN, ShardedBatch
 from longctx.engine import EngineConfig, TrainEngine, build_engine
 from longctx.functional import context_parallel_attention
-from longctx.layout import SequenceMeta
 from longctx.masks import AttentionMask, Causal, Documents, SlidingWindow
 from longctx.model import ModelConfig, Transformer
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.process import tell
+from longctx.sequence import SequenceMeta
 from longctx.shapes import NO_TARGET
 
 # A step of the made-up text: [accumulation][dp].

@@ -14,13 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longctx.errors import DistributedError, PlanError
 from longctx.functional import attention, context_parallel_attention
-from longctx.layout import SequenceMeta, get_layout
+from longctx.layout import get_layout
 from longctx.parallel.journal import Journal
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.strategy import ContextStrategy, DirectStrategy
 from longctx.parallel.transport import NcclSettings
 from longctx.peers import Case, Unavailable
+from longctx.sequence import SequenceMeta
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

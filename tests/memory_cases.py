@@ -18,7 +18,6 @@ from longctx import calls, model, offload, rope
 from longctx.data import ShardedBatch
 from longctx.kernels import SoftmaxState
 from longctx.kernels.reference import ReferenceAttention
-from longctx.layout import SequenceMeta
 from longctx.model import Transformer
 from longctx.model_config import ModelConfig
 from longctx.parallel import ring
@@ -27,6 +26,7 @@ from longctx.parallel.head_exchange import GroupHeadLink
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.strategy import ContextStrategy
+from longctx.sequence import SequenceMeta
 
 # The proportions of Qwen3's 8B.
 CONFIG = ModelConfig(

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longctx.layout import SequenceMeta, get_layout
+from longctx.layout import get_layout
 from longctx.masks import AttentionMask, Causal, Documents
 from longctx.model import ModelConfig, Transformer
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.strategy import KEPT_OPERATORS, ContextStrategy
+from longctx.sequence import SequenceMeta
 
 VOCAB, LENGTH = 61, 24
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=56)

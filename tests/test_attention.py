@@ -10,10 +10,10 @@ import torch
 from longctx.attention import ParallelAttention
 from longctx.errors import KernelError, ShapeError
 from longctx.functional import attention, ring_attention
-from longctx.layout import SequenceMeta
 from longctx.masks import Causal, Documents, Full, SlidingWindow
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
+from longctx.sequence import SequenceMeta
 
 ALONE = ParallelPlan()
 

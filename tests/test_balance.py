@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from longctx import balance
 from longctx.balance import KEYS_OF_A_MESSAGE, balanced_blocks, ring_time, tile_work
-from longctx.layout import LAYOUTS, Auto, Balanced, Contiguous, SequenceLayout, SequenceMeta, Striped, ZigZag
+from longctx.layout import LAYOUTS, Auto, Balanced, Contiguous, SequenceLayout, Striped, ZigZag
 from longctx.masks import AttentionMask, Causal, Documents, Full, PrefixLM, SlidingWindow
 from longctx.padding import padded
+from longctx.sequence import SequenceMeta
 
 
 def lognormal(seq_len: int, seed: int, median: int = 4096) -> tuple[int, ...]:

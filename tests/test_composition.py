@@ -15,13 +15,13 @@ from train_cases import MODEL, SEQ_LEN, full_step, reference_model, relative_err
 from longctx.attention import ParallelAttention
 from longctx.engine import scaled_loss
 from longctx.functional import attention
-from longctx.layout import SequenceMeta
 from longctx.masks import Causal, Documents, SlidingWindow
 from longctx.model import DecoderLayer, Transformer
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parity import reference_backward, shard_step
 from longctx.rope import rope_cos_sin, rope_frequencies
+from longctx.sequence import SequenceMeta
 from longctx.testing import run_distributed
 
 TIMEOUT = timedelta(seconds=60)

@@ -32,7 +32,7 @@ PURE = (
 # A module may import its own layer and those above it in this table (the lower ones). kernels and parallel are
 # directories; what is inside parallel has an order of its own.
 LAYERS = (
-    ("L0", ("errors", "shapes", "masks", "padding", "balance", "layout")),
+    ("L0", ("errors", "shapes", "masks", "padding", "balance", "layout", "sequence")),
     ("L1", ("kernels",)),
     ("L2 pure", PURE),
     (
@@ -121,7 +121,7 @@ LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module i
 FORBIDDEN = (
     (("errors",), ("torch", "numpy", "longctx"), "errors are plain Python"),
     (
-        ("shapes", "masks", "padding", "balance", "layout"),
+        ("shapes", "masks", "padding", "balance", "layout", "sequence"),
         ("triton", "torch.distributed", "deepspeed"),
         "L0 is torch only",
     ),

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from model_cases import Batch
 
-from longctx.layout import SequenceMeta, get_layout
+from longctx.layout import get_layout
 from longctx.masks import AttentionMask, Causal, Documents
 from longctx.model import ModelConfig, Transformer
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
+from longctx.sequence import SequenceMeta
 from longctx.testing import run_distributed
 
 KEYS, VALUES = 16, 8

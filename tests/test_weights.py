@@ -20,13 +20,13 @@ from longctx.checkpoint import TrainState, latest_checkpoint
 from longctx.checkpoint_saver import save_checkpoint
 from longctx.engine import EngineConfig, build_engine
 from longctx.errors import CheckpointError, ConfigError
-from longctx.layout import SequenceMeta
 from longctx.masks import Causal
 from longctx.model import Transformer
 from longctx.optim import OptimConfig
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parity import shard_step
+from longctx.sequence import SequenceMeta
 from longctx.testing import run_distributed
 from longctx.weights import INDEX, SINGLE, WeightsFolder, export, parse_bytes, shards_of
 

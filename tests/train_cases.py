@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from longctx.data import ShardedBatch
-from longctx.layout import SequenceMeta
 from longctx.masks import Causal, Documents
 from longctx.model import ModelConfig, Transformer
 from longctx.optim import OptimConfig, lr_at
 from longctx.parity import reference_backward
+from longctx.sequence import SequenceMeta
 
 # 48 divides for zigzag over 1, 2, 3 and 4 ranks; 3 layers of GQA would tell no more than 2.
 SEQ_LEN = 48

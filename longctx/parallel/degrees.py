@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from longctx.errors import PlanError, Problem
-from longctx.layout import SequenceLayout, padded_sequence
+from longctx.layout import SequenceLayout
 from longctx.masks import AttentionMask
 from longctx.parallel.cost import (
     KERNEL_FLOPS,
@@ -23,6 +23,7 @@ from longctx.parallel.cost import (
     hop_shares,
     ranked,
 )
+from longctx.sequence import padded_sequence
 
 # Parts that a rank's heads are thought of as being exchanged in at most.
 _PARTS = 8

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from longctx.layout import SequenceMeta
+from longctx.sequence import SequenceMeta
 
 if TYPE_CHECKING:
     from longctx.parallel.plan import Coords, ParallelPlan

@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 
 from longctx.errors import LongCtxError, PlanError, Problem, did_you_mean, format_problems
-from longctx.layout import SequenceLayout, get_layout, layout_names, shard_multiple
+from longctx.layout import SequenceLayout, get_layout, layout_names
 from longctx.masks import AttentionMask, Causal
 from longctx.parallel.degrees import Work, choose_degrees, chunk_problems, tensor_problems, ulysses_problems
 from longctx.parallel.placement import describe
+from longctx.sequence import shard_multiple
 
 SCHEDULES = ("1f1b", "dualpipev")
 

@@ -12,12 +12,13 @@ import torch
 
 from longctx import functional
 from longctx.kernels import state_dtype
-from longctx.layout import Balanced, Contiguous, SequenceLayout, SequenceMeta, Striped, ZigZag
+from longctx.layout import Balanced, Contiguous, SequenceLayout, Striped, ZigZag
 from longctx.masks import AttentionMask, Causal, Documents, Full, PrefixLM, SlidingWindow
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
 from longctx.parallel.schedule import CommBytes, RingSchedule, ulysses_comm_bytes
 from longctx.parallel.strategy import ContextStrategy, get_strategy
+from longctx.sequence import SequenceMeta
 
 # A multiple of what every layout asks for at 3 and at 4 ranks.
 SEQ_LEN = 96

@@ -12,12 +12,13 @@ import torch.distributed as dist
 
 from longctx.errors import DistributedError
 from longctx.functional import context_parallel_attention
-from longctx.layout import Contiguous, SequenceMeta, Striped, ZigZag
+from longctx.layout import Contiguous, Striped, ZigZag
 from longctx.masks import Causal, Documents
 from longctx.parallel.agreement import REMEMBERED, Agreement
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.schedule import RingSchedule
+from longctx.sequence import SequenceMeta
 from longctx.testing import run_distributed
 
 SEQ_LEN = 48

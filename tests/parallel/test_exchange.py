@@ -12,10 +12,11 @@ import torch
 
 from longctx.errors import DistributedError
 from longctx.functional import ring_attention
-from longctx.layout import SequenceMeta, ZigZag
+from longctx.layout import ZigZag
 from longctx.parallel.exchange import RingExchange, get_exchange
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
+from longctx.sequence import SequenceMeta
 from longctx.testing import run_distributed, run_virtual_ring
 
 # Longer than any message takes on a busy machine, short enough to wait for.

@@ -14,7 +14,6 @@ from ring_cases import SEQ_LEN
 
 from longctx.attention import ParallelAttention
 from longctx.functional import ring_attention
-from longctx.layout import SequenceMeta
 from longctx.masks import Causal, Documents, SlidingWindow
 from longctx.parallel.exchange import RingExchange
 from longctx.parallel.journal import Account, Standing
@@ -23,6 +22,7 @@ from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.strategy import DirectStrategy, GatherStrategy, strategy_names
 from longctx.parallel.tensor import TensorParallel
+from longctx.sequence import SequenceMeta
 from longctx.testing import run_distributed, run_virtual_ring
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8

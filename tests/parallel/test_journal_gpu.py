@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from longctx.layout import SequenceMeta
 from longctx.parallel.journal import Account, Journal
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
+from longctx.sequence import SequenceMeta
 from longctx.testing import run_virtual_ring
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.errors import PlanError
-from longctx.layout import SequenceMeta, layout_names
+from longctx.layout import layout_names
 from longctx.parallel.plan import Coords, ParallelPlan
+from longctx.sequence import SequenceMeta
 
 DEGREES = st.integers(1, 4)
 

@@ -13,12 +13,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from longctx import functional, kernels
 from longctx.errors import DistributedError, KernelError
 from longctx.kernels.reference import ReferenceAttention
-from longctx.layout import SequenceMeta, ZigZag
+from longctx.layout import ZigZag
 from longctx.masks import Causal, Documents
 from longctx.parallel import ring
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
 from longctx.parallel.schedule import RingSchedule
 from longctx.parallel.strategy import KEPT_OPERATORS, DirectStrategy
+from longctx.sequence import SequenceMeta
 from longctx.testing import run_virtual_ring
 
 SCALE = 0.3

@@ -13,13 +13,13 @@ from longctx.attention import ParallelAttention
 from longctx.errors import KernelError, ShapeError
 from longctx.kernels import SoftmaxState, sinks
 from longctx.kernels.reference import ReferenceAttention
-from longctx.layout import SequenceMeta
 from longctx.masks import Causal
 from longctx.parallel import ring
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.ring import RING_ATTENTION_BACKWARD_OP, RING_ATTENTION_OP
 from longctx.parallel.schedule import RingSchedule
+from longctx.sequence import SequenceMeta
 from longctx.testing import run_distributed, run_virtual_ring
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")

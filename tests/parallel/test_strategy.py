@@ -14,7 +14,7 @@ from ring_cases import BATCH, LAYOUTS, MASKS, SEQ_LEN, Case, Report, run_case
 
 from longctx import functional
 from longctx.errors import DistributedError, KernelError
-from longctx.layout import SequenceMeta, ZigZag
+from longctx.layout import ZigZag
 from longctx.masks import Causal, SlidingWindow
 from longctx.parallel import direct, gather, moves
 from longctx.parallel.exchange import RingExchange, Trade
@@ -23,6 +23,7 @@ from longctx.parallel.moves import Span, build_moves
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.schedule import RingSchedule
 from longctx.parallel.strategy import DirectStrategy, get_strategy, strategy_names
+from longctx.sequence import SequenceMeta
 from longctx.testing import run_distributed, run_virtual_ring
 
 NEW = ("direct", DirectStrategy(holds=False), DirectStrategy(holds=True, groups=2), "gather")

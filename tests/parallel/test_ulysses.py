@@ -8,13 +8,14 @@ from ring_cases import BATCH, HEADS, LAYOUTS, MASKS, Report
 from ulysses_cases import CHUNKED, PLANS, TWINS, cases_of, gpu_worker, worker
 
 from longctx import functional
-from longctx.layout import SequenceMeta, ZigZag
+from longctx.layout import ZigZag
 from longctx.masks import Causal
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.schedule import RingSchedule, ulysses_comm_bytes
 from longctx.parallel.strategy import get_strategy
 from longctx.parallel.ulysses import ULYSSES_ATTENTION_OP
+from longctx.sequence import SequenceMeta
 from longctx.testing import run_distributed
 
 

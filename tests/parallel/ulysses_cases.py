@@ -16,7 +16,6 @@ from longctx import calls, functional
 from longctx import model as model_module
 from longctx.attention import ParallelAttention
 from longctx.errors import DistributedError, ShapeError
-from longctx.layout import SequenceMeta
 from longctx.masks import Causal, SlidingWindow
 from longctx.model import ModelConfig, Transformer
 from longctx.parallel import ulysses
@@ -24,6 +23,7 @@ from longctx.parallel.journal import Journal
 from longctx.parallel.mesh import ParallelMesh
 from longctx.parallel.plan import ParallelPlan
 from longctx.parallel.ulysses import ULYSSES_ATTENTION_OP
+from longctx.sequence import SequenceMeta
 
 # Degrees -> heads that every mask and layout is tried with, and others.
 PLANS = {
