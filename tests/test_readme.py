@@ -53,7 +53,7 @@ def test_the_first_example_is_five_lines_and_its_imports():
 
 
 def test_the_first_screen_says_what_the_table_says():
-    """Ranges over the causal and full rows of head dim 128, then the backward of 256; of our kernel, cuDNN and FA4."""
+    """Ranges over the causal and full rows of head dim 128 and the forward of 64, the backward of 256; of our kernel, cuDNN, FA4."""
     rows = latest([r for r in results.read(results.RESULTS / "attention.csv") if r.name.startswith("attention/")])
 
     def speeds(system, metric, heads, *masks):
@@ -66,6 +66,9 @@ def test_the_first_screen_says_what_the_table_says():
             found = speeds(system, metric, 128, "causal", "full")
             assert len(found) == 5
             assert f"{found[0]} to {found[-1]}" in told, (system, metric)
+    for system in ("hopper", "fa4"):
+        found = speeds(system, "forward", 64, "causal")
+        assert f"{found[0]} to {found[-1]}" in told, system
     (ours,), (cudnn,), (fa4,) = (
         speeds(system, "backward", 256, "causal") for system in ("hopper", "cudnn-torch", "fa4")
     )
