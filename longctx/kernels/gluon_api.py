@@ -109,19 +109,47 @@ def laid_out(buffer, layout, _semantic=None):
 
 
 @gluon.constexpr_function
-def _barrier_asm(operation, number, threads):
-    return f"bar.{operation} {number}, {threads}; mov.b32 $0, $1;"
+def _barrier_asm(operation, threads):
+    return f"bar.{operation} $1, {threads}; mov.b32 $0, $1;"
 
 
-# Numbers 8 to 15 are free: the compiler takes those below for the partitions of a warp-specialised kernel.
 @gluon.jit
-def named_barrier_sync(NUMBER: gl.constexpr, THREADS: gl.constexpr, NUM_WARPS: gl.constexpr = 4):
-    """Wait at barrier NUMBER until THREADS threads have come to it; called by NUM_WARPS whole warps."""
+def _named_barrier(OPERATION: gl.constexpr, number, THREADS: gl.constexpr, NUM_WARPS: gl.constexpr):
     # One element for each thread, so that each thread executes the instruction once.
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
-    threads = gl.arange(0, 32 * NUM_WARPS, layout=layout)
-    asm: gl.constexpr = _barrier_asm("sync", NUMBER, THREADS)
-    gl.inline_asm_elementwise(asm, "=r,r", [threads], dtype=gl.int32, is_pure=False, pack=1)
+    numbers = gl.arange(0, 32 * NUM_WARPS, layout=layout) * 0 + number
+    asm: gl.constexpr = _barrier_asm(OPERATION, THREADS)
+    gl.inline_asm_elementwise(asm, "=r,r", [numbers], dtype=gl.int32, is_pure=False, pack=1)
+
+
+# Named barriers: numbers 5 to 15 are free, the compiler takes those below for the partitions of a warp-specialised kernel. An
+# arrival at an mbarrier is compiled to a barrier of the whole warpgroup and an instruction of one thread, since all must have
+# come; at a named barrier each warp says so for itself and goes on. Only who waits is held up.
+@gluon.jit
+def named_barrier_sync(number, THREADS: gl.constexpr, NUM_WARPS: gl.constexpr = 4):
+    """Wait at barrier `number` until THREADS threads have come to it; called by NUM_WARPS whole warps."""
+    _named_barrier("sync", number, THREADS, NUM_WARPS)
+
+
+@gluon.jit
+def signal_ring(FIRST: gl.constexpr, COUNT: gl.constexpr, TELLERS: gl.constexpr):
+    """COUNT signals, each given by TELLERS warpgroups to one listener: the named barriers from number FIRST on.
+
+    For each time that all tell, the listener awaits once, also after the last one: they take turns.
+    """
+    return FIRST
+
+
+@gluon.jit
+def tell(signals, i, THREADS: gl.constexpr):
+    """Give the i-th signal, by a whole warpgroup, and go on. THREADS: of all who tell and the listener."""
+    _named_barrier("arrive", signals + i, THREADS, 4)
+
+
+@gluon.jit
+def await_signal(signals, i, turn, THREADS: gl.constexpr, NUM_WARPS: gl.constexpr = 4):
+    """Wait for the i-th signal to have been given as often as this was called before (`turn`) and once more."""
+    _named_barrier("sync", signals + i, THREADS, NUM_WARPS)
 
 
 @gluon.jit

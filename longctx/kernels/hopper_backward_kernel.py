@@ -3,11 +3,12 @@
 The parties are those of `hopper_backward_parts`. Each computing warpgroup owns 64 of the keys (K, V below) and does for one
 block of rows:
 
-    S^T = K Q^T; dP^T = V dO^T;  P^T = exp2(S^T - lse);  dS^T = P^T (dP^T - delta);  dV += P^T dO;  dK += dS^T Q
+    S^T = K Q^T - lse;  dP^T = V dO^T - delta;  P^T = exp2(S^T);  dS^T = P^T dP^T;  dV += P^T dO;  dK += dS^T Q
 
-With dS^T of both warpgroups in shared memory, each computes its share of dQ = dS K. P^T and dS^T go from the registers in which
-they arise straight into the products for dv and dk: the transposed form is what makes that possible. The product for dv is issued
-after dS is stored, when the registers of dP are free.
+The products S^T and dP^T start from -lse and -delta instead of 0, so that neither is held in registers beside them, and nothing
+is left to be done but the exponential; a capped score is not that sum, and has its lse taken off afterwards. With dS^T of both warpgroups in shared memory, each computes its share
+of dQ = dS K. P^T and dS^T go from the registers in which they arise straight into the products for dv and dk: the transposed form
+is what makes that possible. The product for dv is issued after dS is stored, when the registers of dP are free.
 
 Source: Dao 2023 (arXiv 2307.08691), algorithm 2.
 """
@@ -23,10 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from longctx.kernels.gluon_api import barrier_ring, gl, gluon, named_barrier_sync
+from longctx.kernels.gluon_api import await_signal, gl, gluon, named_barrier_sync, signal_ring, tell
 from longctx.kernels.hopper_backward_parts import (
     DQ_PIECE,
     PLAIN_ARGS,
+    TO_LOADER,
+    TO_OTHER,
     add_dq,
     load_tiles,
     make_barriers,
@@ -34,8 +37,11 @@ from longctx.kernels.hopper_backward_parts import (
     probabilities,
     program_place,
     put_dq,
+    scaled,
     seen_by,
+    start_at,
     store_columns,
+    unscaled,
 )
 
 
@@ -56,8 +62,8 @@ def _dq_product(t, k_buf, ds_bufs, CID: gl.constexpr, V: gl.constexpr):
 
 @gluon.jit
 def _await_other(t, ds_ready, CID: gl.constexpr):
-    """Until the other warpgroup has ended step t - 1. Two barriers by turns: it may have ended step t as well."""
-    mbarrier.wait(ds_ready.index(2 * (1 - CID) + ((t + 1) & 1)), (((t + 1) // 2) & 1) ^ 1)
+    """Until the other warpgroup has ended step t - 1. Two signals by turns: it may have ended step t as well."""
+    await_signal(ds_ready, 2 * (1 - CID) + ((t + 1) & 1), t // 2, TO_OTHER)
 
 
 @gluon.jit
@@ -68,32 +74,31 @@ def _gradients(t, i, j, left_p, left_ds, q, do, dk, dv, scale, buffers, barriers
     """
     _, _, k_buf, _, _, _, ds_bufs, dq_bufs = buffers
     _, _, q_empty, _, do_empty, dq_full, dq_empty, ds_ready = barriers
-    dq_out = (dq_bufs.index(CID), dq_full.index(CID), dq_empty.index(CID))
     dv = warpgroup_mma(left_p, do, dv, is_async=True)
     fence_async_shared()
     if not V.with_dq:
         dk = warpgroup_mma(left_ds, q, dk, is_async=True)
         dv = warpgroup_mma_wait(1, deps=(dv,))
-        mbarrier.arrive(do_empty.index(j), count=1)
+        tell(do_empty, j, TO_LOADER)
     elif V.late_dq:
         dq = _dq_product(t - 1, k_buf, ds_bufs, CID, V)
         dk = warpgroup_mma(left_ds, q, dk, is_async=True)
         dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
         if t > 0:
-            put_dq(dq * scale, t - 1, dq_out[0], dq_out[1], dq_out[2])
-        mbarrier.arrive(ds_ready.index(2 * CID + (t & 1)), count=1)
-        mbarrier.arrive(do_empty.index(j), count=1)
+            put_dq(scaled(dq, scale, V), t - 1, dq_bufs, dq_full, dq_empty, CID)
+        tell(ds_ready, 2 * CID + (t & 1), TO_OTHER)
+        tell(do_empty, j, TO_LOADER)
     else:
         # Two buffers for dS, so that one meeting of the warpgroups per block suffices: nobody is two blocks ahead.
         named_barrier_sync(9, 256)
         dq = _dq_product(t, k_buf, ds_bufs, CID, V)
         dv = warpgroup_mma_wait(1, deps=(dv,))
-        mbarrier.arrive(do_empty.index(j), count=1)
+        tell(do_empty, j, TO_LOADER)
         dk = warpgroup_mma(left_ds, q, dk, is_async=True)
         dq = warpgroup_mma_wait(1, deps=(dq,))
-        put_dq(dq * scale, t, dq_out[0], dq_out[1], dq_out[2])
+        put_dq(scaled(dq, scale, V), t, dq_bufs, dq_full, dq_empty, CID)
     dk = warpgroup_mma_wait(0, deps=(dk,))
-    mbarrier.arrive(q_empty.index(i), count=1)
+    tell(q_empty, i, TO_LOADER)
     return dk, dv
 
 
@@ -101,7 +106,7 @@ def _gradients(t, i, j, left_p, left_ds, q, do, dk, dv, scale, buffers, barriers
 def _step(t, m, dk, dv, kc, vc, bounds, units, buffers, barriers, CID: gl.constexpr, V: gl.constexpr):
     """One block of rows: the t-th of this program, the m-th of its query head."""
     q_bufs, do_bufs, _, _, lse_bufs, delta_bufs, ds_bufs, _ = buffers
-    _, q_full, _, do_full, _, _, _, ds_ready = barriers
+    kv_full, q_full, _, do_full, _, _, _, ds_ready = barriers
     row_lo, row_hi, a, b = bounds
     qk_scale, scale = units
     ROWS: gl.constexpr = V.rows
@@ -114,26 +119,31 @@ def _step(t, m, dk, dv, kc, vc, bounds, units, buffers, barriers, CID: gl.conste
     j = t % V.do_stages
     q = q_bufs.index(i)
     do = do_bufs.index(j)
-    zeros = gl.zeros([64, ROWS], gl.float32, layout=SCORES)
     mbarrier.wait(q_full.index(i), (t // V.stages) & 1)
-    s = warpgroup_mma(kc, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if not V.late_dq:
-        # Under the product; late there are no registers to hold it.
-        lse = lse_bufs.index(i).load(OF_ROWS)
     mbarrier.wait(do_full.index(j), (t // V.do_stages) & 1)
-    dp = warpgroup_mma(vc, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    # Both before either product: ptxas lets nothing else be written while one is in flight.
+    if SOFTCAP > 0.0:
+        s = gl.zeros([64, ROWS], gl.float32, layout=SCORES)
+    else:
+        s = start_at(lse_bufs.index(i).load(OF_ROWS), V)
+    dp = start_at(delta_bufs.index(j).load(OF_ROWS), V)
+    s = warpgroup_mma(kc, q.permute((1, 0)), s, use_acc=SOFTCAP == 0.0, is_async=True)
+    dp = warpgroup_mma(vc, do.permute((1, 0)), dp, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
-    if V.late_dq:
-        lse = lse_bufs.index(i).load(OF_ROWS)
-    p, slope = probabilities(s, lse, qk_scale, SOFTCAP)
+    if SOFTCAP > 0.0:
+        p, slope = probabilities(s, lse_bufs.index(i).load(OF_ROWS), qk_scale, SOFTCAP)
+    else:
+        p = gl.exp2(s * qk_scale)
     if V.masked:  # noqa: SIM102 - the first test is made by the compiler, the second by the GPU
         if (m < a) | (m >= b):
             p = masked(p, m * V.rows, row_lo, row_hi, V)
+    # Long there. What stands before a wait's branch ptxas leaves before it: all exponentials run under the product for dP.
+    mbarrier.wait(kv_full, 0)
+    dp, p = warpgroup_mma_wait(0, deps=(dp, p))
     left_p = gl.convert_layout(p.to(dtype), LEFT)
     if SOFTCAP > 0.0:
         p *= slope
-    dp = warpgroup_mma_wait(0, deps=(dp,))
-    ds = (p * (dp - delta_bufs.index(j).load(OF_ROWS)[None, :])).to(dtype)
+    ds = (p * dp).to(dtype)
     left_ds = gl.convert_layout(ds, LEFT)
     if V.with_dq:
         if V.late_dq:
@@ -160,6 +170,9 @@ def _consume(buffers, barriers, gradients, place, CID: gl.constexpr, V: gl.const
     mbarrier.wait(barriers[0], 0)
     bounds = (row_lo, row_hi, a, b)
     m = m0
+    if V.with_dq and V.late_dq:
+        # The step before the first.
+        tell(barriers[7], 2 * CID + 1, TO_OTHER)
     for t in range(total):
         dk, dv = _step(t, m, dk, dv, kc, vc, bounds, (qk_scale, scale), buffers, barriers, CID, V)
         m = gl.where(m + 1 == m1, m0, m + 1)
@@ -167,9 +180,9 @@ def _consume(buffers, barriers, gradients, place, CID: gl.constexpr, V: gl.const
         _await_other(total, barriers[7], CID)
         dq = _dq_product(total - 1, buffers[2], buffers[6], CID, V)
         dq = warpgroup_mma_wait(0, deps=(dq,))
-        put_dq(dq * scale, total - 1, buffers[7].index(CID), barriers[5].index(CID), barriers[6].index(CID))
-    store_columns(DV, dv, n0, 0, stride_dvs, sk, 64, PADDED, V)
-    store_columns(DK, dk * scale, n0, 0, stride_dks, sk, 64, PADDED, V)
+        put_dq(scaled(dq, scale, V), total - 1, buffers[7], barriers[5], barriers[6], CID)
+    store_columns(DV, unscaled(dv, scale, V), n0, 0, stride_dvs, sk, 64, PADDED, V)
+    store_columns(DK, scaled(dk, scale, V), n0, 0, stride_dks, sk, 64, PADDED, V)
 
 
 @gluon.jit(do_not_specialize=PLAIN_ARGS)
@@ -198,7 +211,7 @@ def backward_kernel(
     dq_bufs = gl.allocate_shared_memory(gl.float32, [2, 64, 64], DQ_PIECE)
     kv_full, q_full, q_empty, do_full, do_empty, dq_full, dq_empty = make_barriers(V)
     # Two of each warpgroup, by turns: it has ended a step. Only where dq is late.
-    ds_ready = barrier_ring(4, 1)
+    ds_ready = signal_ring(10, 4, 1)
     barriers = (kv_full, q_full, q_empty, do_full, do_empty, dq_full, dq_empty, ds_ready)
     fence_async_shared()
 

@@ -16,17 +16,25 @@ from __future__ import annotations
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from longctx.kernels.gluon_api import (
+    await_signal,
     barrier_ring,
     gl,
     gluon,
     laid_out,
     place_of,
+    signal_ring,
+    tell,
     tma_load,
     tma_reduce_add,
     tma_store_wait,
 )
 
 PLAIN_ARGS = ["LO", "HI", "stride_lo", "sq", "sq_pad", "sk", "num_heads", "num_kv_heads", "group", "section"]
+
+# Threads of a signal: of both warpgroups to the loading warp, of one to the other, of one to the adding warp.
+TO_LOADER = gl.constexpr(288)
+TO_OTHER = gl.constexpr(256)
+TO_ADDER = gl.constexpr(160)
 
 # A piece of dq is [64, 64], handed over in the layout that TMA reads: rows of 32 columns, their 16-byte chunks permuted by the
 # row's number. The fragments of the matrix units would meet there two by two in the same banks. With columns c and c ^ 16 of
@@ -38,12 +46,6 @@ EXCHANGED_PIECE = gl.constexpr(
         alignment=1024,
     )
 )
-
-
-@gluon.jit
-def opaque(x):
-    """`x`, of which the compiler knows nothing: what is computed from it stays inside the loop that computes it."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -99,8 +101,22 @@ def next_block(m, head, m0, m1):
 
 
 @gluon.jit
+def start_at(x, V: gl.constexpr):
+    """x of every row, beside each key: what a product S^T or dP^T [64 keys, V.rows] starts from.
+
+    Each element is written by an instruction of its own that stays before the product. Plain copies would be written when the
+    product is already announced, and ptxas would wait there for the products in flight.
+    """
+    SCORES: gl.constexpr = V.scores
+    beside = gl.full([64, V.rows], 0.0, gl.float32, layout=SCORES)
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=f,f,f", [x[None, :], beside], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def probabilities(s, lse, qk_scale, SOFTCAP: gl.constexpr):
-    """P of the scores s, and P times what the cap's derivative leaves of it."""
+    """P of the scores s, times what lse was prepared with (`V.scaled_p`), and what the cap's derivative leaves of it."""
     if SOFTCAP > 0.0:
         e = gl.exp2(gl.abs(s * (qk_scale * (0.6931471805599453 / SOFTCAP))) * -2.8853900817779268)
         t = (1.0 - e) / (1.0 + e)
@@ -116,10 +132,14 @@ def probabilities(s, lse, qk_scale, SOFTCAP: gl.constexpr):
 @gluon.jit
 def masked(p, row0, row_lo, row_hi, V: gl.constexpr):
     """P^T [keys, V.rows] of the rows from row0 on, 0 where a row does not see the key."""
-    row = row0 + opaque(gl.arange(0, V.rows, layout=gl.SliceLayout(0, V.scores)))
-    visible = row[None, :] >= row_lo[:, None]
+    # A thread's rows are constants plus what its lane adds in bits 1 and 2. Moved to the other side of the comparison, that
+    # leaves constants in the instructions instead of registers that hold rows.
+    row = gl.arange(0, V.rows, layout=gl.SliceLayout(0, V.scores))
+    lane = (row & 6)[None, :] + row0
+    fixed = (row & (V.rows - 7))[None, :]
+    visible = fixed >= row_lo[:, None] - lane
     if V.has_hi:
-        visible = visible & (row[None, :] < row_hi[:, None])
+        visible = visible & (fixed < row_hi[:, None] - lane)
     return gl.where(visible, p, 0.0)
 
 
@@ -138,16 +158,22 @@ def load_tiles(descriptors, buffers, barriers, place, V: gl.constexpr):
         # 32 bits suffice: there is one number per row and head.
         of_rows = (batch * num_heads + head) * sq_pad + m * V.rows
         i = t % V.stages
-        mbarrier.wait(q_empty.index(i), ((t // V.stages) & 1) ^ 1)
+        if t >= V.stages:
+            await_signal(q_empty, i, t // V.stages - 1, TO_LOADER, 1)
         mbarrier.expect(q_full.index(i), desc_q.block_type.nbytes + desc_lse.block_type.nbytes)
         tma_load(desc_q, [batch, head, m * V.rows, 0], q_full.index(i), q_bufs.index(i))
         tma_load(desc_lse, [of_rows], q_full.index(i), lse_bufs.index(i))
         j = t % V.do_stages
-        mbarrier.wait(do_empty.index(j), ((t // V.do_stages) & 1) ^ 1)
+        if t >= V.do_stages:
+            await_signal(do_empty, j, t // V.do_stages - 1, TO_LOADER, 1)
         mbarrier.expect(do_full.index(j), desc_do.block_type.nbytes + desc_delta.block_type.nbytes)
         tma_load(desc_do, [batch, head, m * V.rows, 0], do_full.index(j), do_bufs.index(j))
         tma_load(desc_delta, [of_rows], do_full.index(j), delta_bufs.index(j))
         m, head = next_block(m, head, m0, m1)
+    for t in range(gl.maximum(total - V.stages, 0), total):
+        await_signal(q_empty, t % V.stages, t // V.stages, TO_LOADER, 1)
+    for t in range(gl.maximum(total - V.do_stages, 0), total):
+        await_signal(do_empty, t % V.do_stages, t // V.do_stages, TO_LOADER, 1)
 
 
 @gluon.jit
@@ -161,7 +187,7 @@ def add_dq(desc_dq, dq_bufs, dq_full, dq_empty, batch, head, m0, m1, total, V: g
     for t in range(total):
         for piece in gl.static_range(PIECES):
             for c in gl.static_range(2):
-                mbarrier.wait(dq_full.index(c), (t * PIECES + piece) & 1)
+                await_signal(dq_full, c, t * PIECES + piece, TO_ADDER, 1)
                 if V.rows == 128:
                     tma_reduce_add(desc_dq, [batch, head, m * 128 + c * 64, 0], dq_bufs.index(c))
                 else:
@@ -191,12 +217,28 @@ def exchanged(dq):
 
 
 @gluon.jit
-def put_dq(dq, turn, dq_buf, full, empty):
-    """Hand a piece of dq [64, 64], the `turn`-th, to the adding warp."""
-    mbarrier.wait(empty, (turn & 1) ^ 1)
-    laid_out(dq_buf, EXCHANGED_PIECE).store(exchanged(dq))
+def put_dq(dq, turn, dq_bufs, dq_full, dq_empty, CID: gl.constexpr):
+    """Hand a piece of this warpgroup's dq [64, 64], the `turn`-th, to the adding warp."""
+    mbarrier.wait(dq_empty.index(CID), (turn & 1) ^ 1)
+    laid_out(dq_bufs.index(CID), EXCHANGED_PIECE).store(exchanged(dq))
     fence_async_shared()
-    mbarrier.arrive(full, count=1)
+    tell(dq_full, CID, TO_ADDER)
+
+
+@gluon.jit
+def scaled(gradient, scale, V: gl.constexpr):
+    """A gradient of dS, of which it is a product: with the scale that dS has, or is still to be given."""
+    if not V.scaled_p:
+        gradient = gradient * scale
+    return gradient
+
+
+@gluon.jit
+def unscaled(dv, scale, V: gl.constexpr):
+    """dv, a product of P: without the scale that this may have."""
+    if V.scaled_p:
+        dv = dv * (1.0 / scale)
+    return dv
 
 
 @gluon.jit
@@ -213,13 +255,17 @@ def store_columns(PTR, value, row0, col0, stride_s, sk, ROWS: gl.constexpr, COLS
 
 @gluon.jit
 def make_barriers(V: gl.constexpr):
-    """(kv_full, q_full, q_empty, do_full, do_empty, dq_full, dq_empty); `empty` is said by both warpgroups."""
+    """(kv_full, q_full, q_empty, do_full, do_empty, dq_full, dq_empty).
+
+    What the TMA engine says, and what is said to a warpgroup by a single warp, goes through mbarriers; what warpgroups say are
+    signals, of which numbers 9 to 13 are left to the kernel.
+    """
     STAGES: gl.constexpr = V.stages
     DO_STAGES: gl.constexpr = V.do_stages
     kv_full = barrier_ring(1, 1).index(0)
-    q_full, q_empty = barrier_ring(STAGES, 1), barrier_ring(STAGES, 2)
-    do_full, do_empty = barrier_ring(DO_STAGES, 1), barrier_ring(DO_STAGES, 2)
-    return kv_full, q_full, q_empty, do_full, do_empty, barrier_ring(2, 1), barrier_ring(2, 1)
+    q_full, q_empty = barrier_ring(STAGES, 1), signal_ring(5, STAGES, 2)
+    do_full, do_empty = barrier_ring(DO_STAGES, 1), signal_ring(7, DO_STAGES, 2)
+    return kv_full, q_full, q_empty, do_full, do_empty, signal_ring(14, 2, 1), barrier_ring(2, 1)
 
 
 @gluon.jit

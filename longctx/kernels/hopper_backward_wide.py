@@ -18,10 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from longctx.kernels.gluon_api import barrier_ring, gl, gluon
+from longctx.kernels.gluon_api import await_signal, gl, gluon, signal_ring, tell
 from longctx.kernels.hopper_backward_parts import (
     DQ_PIECE,
     PLAIN_ARGS,
+    TO_LOADER,
+    TO_OTHER,
     add_dq,
     load_tiles,
     make_barriers,
@@ -29,8 +31,10 @@ from longctx.kernels.hopper_backward_parts import (
     probabilities,
     program_place,
     put_dq,
+    scaled,
     seen_by,
     store_columns,
+    unscaled,
 )
 
 
@@ -48,36 +52,43 @@ def _of_fragments(flat, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _make_p(t, m, dv, bounds, qk_scale, buffers, barriers, V: gl.constexpr):
-    """The first warpgroup: P of this block to where both find it. Its half of dv stays in flight."""
-    q_bufs, do_bufs, k_buf, _, lse_bufs, _, p_buf, p_exact, _, _ = buffers
-    _, q_full, _, do_full, _, _, _, p_ready, p_read, ds_ready = barriers
+def _scores(t, buffers, barriers, V: gl.constexpr):
+    """Issue S of step t."""
+    q_bufs, k_buf, q_full = buffers[0], buffers[2], barriers[1]
+    i = t % V.stages
+    SCORES: gl.constexpr = V.scores
+    zeros = gl.zeros([64, 64], gl.float32, layout=SCORES)
+    mbarrier.wait(q_full.index(i), (t // V.stages) & 1)
+    return warpgroup_mma(k_buf, q_bufs.index(i).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _make_p(t, m, s, dv, bounds, qk_scale, buffers, barriers, V: gl.constexpr):
+    """The first warpgroup: P of this block, from S, to where both find it. Its half of dv stays in flight."""
+    q_bufs, do_bufs, _, _, lse_bufs, _, p_buf, p_exact, _, _ = buffers
+    _, _, _, do_full, _, _, _, p_ready, p_read, ds_ready = barriers
     SCORES: gl.constexpr = V.scores
     SOFTCAP: gl.constexpr = V.softcap
     row_lo, row_hi, a, b = bounds
     i = t % V.stages
     j = t % V.do_stages
-    zeros = gl.zeros([64, 64], gl.float32, layout=SCORES)
-    mbarrier.wait(q_full.index(i), (t // V.stages) & 1)
-    s = warpgroup_mma(k_buf, q_bufs.index(i).permute((1, 0)), zeros, use_acc=False, is_async=True)
     lse = lse_bufs.index(i).load(gl.SliceLayout(0, SCORES))
-    s = warpgroup_mma_wait(0, deps=(s,))
     p, slope = probabilities(s, lse, qk_scale, SOFTCAP)
     if V.masked:  # noqa: SIM102 - the first test is made by the compiler, the second by the GPU
         if (m < a) | (m >= b):
             p = masked(p, m * 64, row_lo, row_hi, V)
     # The other has ended its step before.
-    mbarrier.wait(p_read, (t & 1) ^ 1)
+    await_signal(p_read, 0, t, TO_OTHER)
     p_t = p_buf.permute((1, 0))
     p_t.store(p.to(q_bufs.dtype))
     if SOFTCAP > 0.0:
         p *= slope
     p_exact.store(_as_fragments(p))
     fence_async_shared()
-    mbarrier.arrive(p_ready, count=1)
+    tell(p_ready, 0, TO_OTHER)
     mbarrier.wait(do_full.index(j), (t // V.do_stages) & 1)
     dv = warpgroup_mma(p_t, do_bufs.index(j).slice(0, 128, dim=1), dv, is_async=True)
-    mbarrier.wait(ds_ready, t & 1)
+    await_signal(ds_ready, 0, t, TO_OTHER)
     return dv
 
 
@@ -96,45 +107,53 @@ def _make_ds(t, dv, buffers, barriers, V: gl.constexpr):
     delta = delta_bufs.index(j).load(gl.SliceLayout(0, SCORES))
     # Q is not read here; what dk reads must have come.
     mbarrier.wait(q_full.index(i), (t // V.stages) & 1)
-    mbarrier.wait(p_ready, t & 1)
+    await_signal(p_ready, 0, t, TO_OTHER)
     dv = warpgroup_mma(p_buf.permute((1, 0)), do.slice(128, 128, dim=1), dv, is_async=True)
     flat: gl.constexpr = _as_fragments(zeros).type.layout
     p = _of_fragments(p_exact.load(flat), SCORES)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     ds_buf.permute((1, 0)).store((p * (dp - delta[None, :])).to(p_buf.dtype))
     fence_async_shared()
-    mbarrier.arrive(ds_ready, count=1)
+    tell(ds_ready, 0, TO_OTHER)
     return dv
 
 
 @gluon.jit
-def _gradients(t, dk, dv, scale, buffers, barriers, CID: gl.constexpr, V: gl.constexpr):
-    """Columns [CID * 128, CID * 128 + 128) of dk and dq from dS, and of dv, which is in flight."""
+def _gradients(t, total, s, dk, dv, scale, buffers, barriers, CID: gl.constexpr, V: gl.constexpr):
+    """Columns [CID * 128, CID * 128 + 128) of dk and dq from dS, and of dv, which is in flight.
+
+    The first warpgroup has S of the next step computed under dq's way out; after the last step that of the last once more.
+    """
     q_bufs, _, k_buf, _, _, _, _, _, ds, dq_bufs = buffers
     _, _, q_empty, _, do_empty, dq_full, dq_empty, _, _, _ = barriers
     i = t % V.stages
     q = q_bufs.index(i).slice(CID * 128, 128, dim=1)
     if V.with_dq:
         SHARE: gl.constexpr = V.dq_share
-        zeros = gl.zeros([64, 64], gl.float32, layout=SHARE)
-        left = k_buf.slice(CID * 128, 64, dim=1)
-        right = k_buf.slice(CID * 128 + 64, 64, dim=1)
-        dq_left = warpgroup_mma(ds, left, zeros, use_acc=False, is_async=True)
-        dq_right = warpgroup_mma(ds, right, zeros, use_acc=False, is_async=True)
-        dv = warpgroup_mma_wait(2, deps=(dv,))
+        COLUMNS: gl.constexpr = V.columns
+        zeros = gl.zeros([64, 128], gl.float32, layout=COLUMNS)
+        dq = warpgroup_mma(ds, k_buf.slice(CID * 128, 128, dim=1), zeros, use_acc=False, is_async=True)
+        dv = warpgroup_mma_wait(1, deps=(dv,))
     else:
         dv = warpgroup_mma_wait(0, deps=(dv,))
-    mbarrier.arrive(do_empty.index(t % V.do_stages), count=1)
+    tell(do_empty, t % V.do_stages, TO_LOADER)
     dk = warpgroup_mma(ds.permute((1, 0)), q, dk, is_async=True)
+    following = gl.minimum(t + 1, total - 1)
     if V.with_dq:
-        full, empty, dq_buf = dq_full.index(CID), dq_empty.index(CID), dq_bufs.index(CID)
-        dq_left = warpgroup_mma_wait(2, deps=(dq_left,))
-        put_dq(dq_left * scale, 0, dq_buf, full, empty)
-        dq_right = warpgroup_mma_wait(1, deps=(dq_right,))
-        put_dq(dq_right * scale, 1, dq_buf, full, empty)
-    dk = warpgroup_mma_wait(0, deps=(dk,))
-    mbarrier.arrive(q_empty.index(i), count=1)
-    return dk, dv
+        dq = warpgroup_mma_wait(1, deps=(dq,))
+        left, right = gl.split(scaled(dq, scale, V).reshape([64, 2, 64]).permute((0, 2, 1)))
+        put_dq(gl.convert_layout(left, SHARE), 0, dq_bufs, dq_full, dq_empty, CID)
+        if CID == 0:
+            s = _scores(following, buffers, barriers, V)
+        put_dq(gl.convert_layout(right, SHARE), 1, dq_bufs, dq_full, dq_empty, CID)
+    elif CID == 0:
+        s = _scores(following, buffers, barriers, V)
+    if CID == 0:
+        dk, s = warpgroup_mma_wait(0, deps=(dk, s))
+    else:
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+    tell(q_empty, i, TO_LOADER)
+    return dk, dv, s
 
 
 @gluon.jit
@@ -143,6 +162,7 @@ def _consume(buffers, barriers, gradients, place, CID: gl.constexpr, V: gl.const
     COLUMNS: gl.constexpr = V.columns
     DK, DV, stride_dks, stride_dvs = gradients
     LO, HI, scale, qk_scale, n0, m0, m1, a, b, total, sq, sk = place
+    SCORES: gl.constexpr = V.scores
     p_read = barriers[8]
     key = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, V.scores))
     row_lo, row_hi = seen_by(key, LO, HI, sq, sk, V)
@@ -150,17 +170,26 @@ def _consume(buffers, barriers, gradients, place, CID: gl.constexpr, V: gl.const
     dv = gl.zeros([64, 128], gl.float32, layout=COLUMNS)
     mbarrier.wait(barriers[0], 0)
     m = m0
+    if CID == 0:
+        s = _scores(0, buffers, barriers, V)
+        s = warpgroup_mma_wait(0, deps=(s,))
+    else:
+        s = gl.zeros([64, 64], gl.float32, layout=SCORES)
+        # There is no P yet that it would still have to read.
+        tell(p_read, 0, TO_OTHER)
     for t in range(total):
         if CID == 0:
-            dv = _make_p(t, m, dv, (row_lo, row_hi, a, b), qk_scale, buffers, barriers, V)
+            dv = _make_p(t, m, s, dv, (row_lo, row_hi, a, b), qk_scale, buffers, barriers, V)
         else:
             dv = _make_ds(t, dv, buffers, barriers, V)
-        dk, dv = _gradients(t, dk, dv, scale, buffers, barriers, CID, V)
+        dk, dv, s = _gradients(t, total, s, dk, dv, scale, buffers, barriers, CID, V)
         if CID == 1:
-            mbarrier.arrive(p_read, count=1)
+            tell(p_read, 0, TO_OTHER)
         m = gl.where(m + 1 == m1, m0, m + 1)
-    store_columns(DV, dv, n0, CID * 128, stride_dvs, sk, 64, 128, V)
-    store_columns(DK, dk * scale, n0, CID * 128, stride_dks, sk, 64, 128, V)
+    if CID == 0:
+        await_signal(p_read, 0, total, TO_OTHER)
+    store_columns(DV, unscaled(dv, scale, V), n0, CID * 128, stride_dvs, sk, 64, 128, V)
+    store_columns(DK, scaled(dk, scale, V), n0, CID * 128, stride_dks, sk, 64, 128, V)
 
 
 @gluon.jit(do_not_specialize=PLAIN_ARGS)
@@ -189,7 +218,7 @@ def backward_wide_kernel(
     ds_buf = gl.allocate_shared_memory(dtype, [64, 64], P_L)
     dq_bufs = gl.allocate_shared_memory(gl.float32, [2, 64, 64], DQ_PIECE)
     kv_full, q_full, q_empty, do_full, do_empty, dq_full, dq_empty = make_barriers(V)
-    p_ready, p_read, ds_ready = barrier_ring(1, 1).index(0), barrier_ring(1, 1).index(0), barrier_ring(1, 1).index(0)
+    p_ready, p_read, ds_ready = signal_ring(10, 1, 1), signal_ring(11, 1, 1), signal_ring(12, 1, 1)
     barriers = (kv_full, q_full, q_empty, do_full, do_empty, dq_full, dq_empty, p_ready, p_read, ds_ready)
     fence_async_shared()
 

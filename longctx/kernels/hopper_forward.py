@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from triton.experimental.gluon import language as gl
 
+from longctx.errors import KernelError
 from longctx.kernels import SoftmaxState
 from longctx.kernels.gluon_api import describe_heads
 from longctx.kernels.hopper_forward_kernel import forward_kernel
@@ -17,6 +18,8 @@ from longctx.masks import KeyRange
 
 # Rows of one consumer warpgroup: what one matrix instruction takes.
 GROUP_ROWS = 64
+# Of a block without a mask, from which on a second launch costs less than fixed maxima save: some 150 us on an H100.
+MIN_FLOPS_FIXED = 1e11
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is known when the kernel is compiled. `padded` is the head dim of the tiles, with zeros from `head_dim` on."""
+    """What is known when the kernel is compiled. `padded` is the head dim of the tiles, with zeros from `head_dim` on.
+
+    With `fixed_max` a row's maximum stays what it is after the tiles with a mask, at least one: see `launch_hopper_forward`.
+    With `again` the pieces of work are those that were found wrong by that.
+    """
 
     schedule: Schedule
     padded: int
@@ -54,6 +61,8 @@ class Variant:
     carry: bool
     final: bool
     capped: bool
+    fixed_max: bool = False
+    again: bool = False
 
     @property
     def masked(self) -> bool:
@@ -83,6 +92,7 @@ def shipped_configurations() -> list[Shipped]:
     """What is compiled in real runs, one of each form."""
     # One product stays in flight while the other is waited for.
     of = partial(Shipped, direction="forward", waits=frozenset({0, 1}))
+    # But for the last two, each in two launches: with fixed maxima, and without what these were too small for.
     found = []
     for dim in SCHEDULES:
         found += [
@@ -92,9 +102,10 @@ def shipped_configurations() -> list[Shipped]:
     return [
         *found,
         of(head_dim=128, kind="causal", final=True),
-        of(head_dim=96, kind="full", seq_len=8000, dtype="float16", carry=True),
         # Its tanh needs registers.
         of(head_dim=128, kind="causal", final=True, softcap=50.0, known_spills=None),
+        of(head_dim=96, kind="full", seq_len=8000, dtype="float16", carry=True),
+        of(head_dim=128, kind="causal", seq_len=512, final=True),
     ]
 
 
@@ -114,12 +125,33 @@ def launch_hopper_forward(
     state: SoftmaxState | None,
     final: bool,
     schedule: Schedule | None = None,
+    fixed_max: bool | None = None,
 ) -> SoftmaxState:
-    """Launch the forward on a block that is not empty; see `BlockAttention.forward`. q, k, v: what `can_describe` allows."""
+    """Launch the forward on a block that is not empty; see `BlockAttention.forward`. q, k, v: what `can_describe` allows.
+
+    A softmax is the same whatever is subtracted from a row's scores before exp2, as long as nothing overflows and the largest
+    does not vanish. So that tiles without a mask need no maximum of their own and rescale nothing, a row may keep the one that
+    it has when it gets to them (`fixed_max`): it is the score of a key that the row sees, or the lse that it brings. Where
+    later scores are so much larger that the row's sum passes 2**64 (44 above it, in units of the natural logarithm), or where
+    it is nan, the 64 rows are not stored but listed, and a second launch does the listed row blocks again, with the maximum
+    of every tile: there for nothing, it costs some microseconds. In float16 exponentials could grow no further than 2**16, so
+    there, as in small blocks, every tile's maximum is taken.
+
+    Args:
+        schedule: another than that of the head dim.
+        fixed_max: whether maxima are fixed; by default in bfloat16, where the block is large enough to pay for two launches.
+
+    Raises:
+        KernelError: `fixed_max` for another dtype than bfloat16.
+    """
     b, sq, h, d = q.shape
     sk, hk = k.shape[1:3]
     padded = padded_head_dim(d)
     schedule = schedule or SCHEDULES[padded]
+    if fixed_max is None:
+        fixed_max = q.dtype == torch.bfloat16 and 4 * b * h * sq * sk * padded >= MIN_FLOPS_FIXED
+    elif fixed_max and q.dtype != torch.bfloat16:
+        raise KernelError(f"maxima are fixed in bfloat16 only, not {q.dtype}: its exponentials would overflow")
     if state is None or final:
         out = torch.empty(b, sq, h, d, dtype=q.dtype if final else torch.float32, device=q.device)
     else:
@@ -137,11 +169,12 @@ def launch_hopper_forward(
         carry=state is not None,
         final=final,
         capped=softcap > 0,
+        fixed_max=fixed_max,
     )
     num_m = num_tiles(sq, schedule.groups * GROUP_ROWS)
     num_work = num_m * h * b
     q_desc = describe_heads(q, GROUP_ROWS, padded)
-    forward_kernel[(min(num_work, num_sms(q.device)),)](
+    tensors = (
         q_desc,
         describe_heads(k, schedule.block_n, padded),
         describe_heads(v, schedule.block_n, padded),
@@ -152,21 +185,35 @@ def launch_hopper_forward(
         mask["LO"],
         mask["HI"],
         mask["stride_lo"],
-        torch.zeros(1, dtype=torch.int32, device=q.device),
-        **stride_args(x=old, o=out),
-        stride_lb=lse.stride(0),
-        stride_lh=lse.stride(1),
-        sq=sq,
-        sk=sk,
-        num_heads=h,
-        group=h // hk,
-        num_m=num_m,
-        section=heads_abreast(num_m, h * b, q.device),
-        num_work=num_work,
-        # Above 0, so that -inf stays -inf.
-        unit=softcap * LOG2_E if softcap else max(scale * LOG2_E, 1e-30),
-        inner=2 * LOG2_E * scale / softcap if softcap else 0.0,
-        V=variant,
-        num_warps=4,
     )
+    sizes = {
+        **stride_args(x=old, o=out),
+        "stride_lb": lse.stride(0),
+        "stride_lh": lse.stride(1),
+        "sq": sq,
+        "sk": sk,
+        "num_heads": h,
+        "group": h // hk,
+        "num_m": num_m,
+        "section": heads_abreast(num_m, h * b, q.device),
+        "num_work": num_work,
+        # Above 0, so that -inf stays -inf.
+        "unit": softcap * LOG2_E if softcap else max(scale * LOG2_E, 1e-30),
+        "inner": 2 * LOG2_E * scale / softcap if softcap else 0.0,
+    }
+    grid = (min(num_work, num_sms(q.device)),)
+    given_out, again = _counters(num_work if fixed_max else 0, q.device)
+    forward_kernel[grid](*tensors, given_out, again, **sizes, V=variant, num_warps=4)
+    if fixed_max:
+        # Before it has begun, nobody on the host can know whether there is anything to do.
+        second = replace(variant, fixed_max=False, again=True)
+        forward_kernel[grid](*tensors, given_out[1:], again, **sizes, V=second, num_warps=4)
     return SoftmaxState(out, lse)
+
+
+def _counters(num_work: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many pieces of work each of two launches has given out; what of `num_work` is to be done again: see `_is_right`."""
+    given_out, again = torch.zeros(3 + 2 * num_work, dtype=torch.int32, device=device).split_with_sizes(
+        [2, 1 + 2 * num_work]
+    )
+    return given_out, again

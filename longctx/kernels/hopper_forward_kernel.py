@@ -22,8 +22,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longctx.kernels.gluon_api import barrier_ring, tma_store, tma_store_wait
-from longctx.kernels.hopper_forward_loader import key_tiles, produce, row_block, visible
-from longctx.kernels.hopper_softmax import as_operand, lane_sums, mask_scores, pack_pairs
+from longctx.kernels.hopper_forward_loader import key_tiles, piece_of_work, produce, row_block, visible
+from longctx.kernels.hopper_softmax import (
+    as_operand,
+    in_range,
+    lane_sums,
+    pack_pairs,
+    raised_maximum,
+    seen_scores,
+    settled,
+)
 
 
 @gluon.jit
@@ -43,8 +51,12 @@ def _pass_over(num_tiles, count, barriers, V: gl.constexpr):
 
 
 @gluon.jit
-def _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, MASKED: gl.constexpr, V: gl.constexpr):
+def _step(
+    n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, MASKED: gl.constexpr, FIXED: gl.constexpr, V: gl.constexpr
+):  # fmt: skip
     """Scores and softmax of key tile n, and acc += p @ v of the tile before it; alpha is what acc is still to be scaled by.
+
+    With FIXED the maximum stays as it is: nothing is to be compared, and acc and l are not to be rescaled (alpha is 1).
 
     The order is what the compiler must not change: rescaling and rounding between issuing the two products, all exponentials
     before waiting for the second. Values named among a wait's dependencies hold LLVM to it. ptxas sees no such names, but
@@ -69,22 +81,29 @@ def _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, MASKED
     s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(before), ((count - 1) // STAGES) & 1)
     acc, p, alpha = warpgroup_mma_wait(1, deps=(acc, p, alpha))
-    acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
+    if not FIXED:
+        acc = acc * gl.convert_layout(alpha, ROW_OUT)[:, None]
     operand = as_operand(p, dtype, V)
     acc = warpgroup_mma(operand, v, acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(here), count=1)
-    s, m_new, base = mask_scores(s, m, rows, n * BLOCK_N, units, MASKED, V)
-    alpha = gl.exp2(m - base)
-    p = gl.exp2(s * units[0] - base[:, None])
-    part = lane_sums(p, V)
-    l = l * gl.convert_layout(alpha[:, None], part.type.layout) + part
+    s = seen_scores(s, rows, n * BLOCK_N, units[1], MASKED, V)
+    if FIXED:
+        p = gl.exp2(s * units[0] - m[:, None])
+        l += lane_sums(p, V)
+    else:
+        before_m = m
+        m, base = raised_maximum(s, m, units[0], MASKED, V)
+        alpha = gl.exp2(before_m - base)
+        p = gl.exp2(s * units[0] - base[:, None])
+        part = lane_sums(p, V)
+        l = l * gl.convert_layout(alpha[:, None], part.type.layout) + part
     mbarrier.wait(v_full.index(here), phase)
     acc, _ = warpgroup_mma_wait(0, deps=(acc, operand))
     mbarrier.arrive(v_empty.index(before), count=1)
     if V.schedule.packed:
         p = pack_pairs(p, dtype)
-    return p, alpha, acc, m_new, l
+    return p, alpha, acc, m, l
 
 
 @gluon.jit
@@ -144,6 +163,9 @@ def _attend(
     stop = own_stop
     b = gl.minimum(gl.maximum(full_hi // BLOCK_N, start), stop - 1)
     a = gl.minimum(gl.maximum(gl.cdiv(full_lo, BLOCK_N), start), b)
+    if V.fixed_max and V.kind != "full":
+        # Every row has seen a key before its maximum is fixed, if only the first of tile b.
+        b = gl.where(full_hi > b * BLOCK_N, b, gl.maximum(b - 1, a))
     row = m0 + gl.arange(0, 64, layout=ROW)
     lo, hi, stride = mask
     if V.kind == "full":
@@ -167,7 +189,8 @@ def _attend(
     s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(stage), count=1)
-    s, top, base = mask_scores(s, m, rows, (stop - 1) * BLOCK_N, units, MASKED, V)
+    s = seen_scores(s, rows, (stop - 1) * BLOCK_N, units[1], MASKED, V)
+    top, base = raised_maximum(s, m, units[0], MASKED, V)
     alpha = gl.exp2(m - base)
     p = gl.exp2(s * units[0] - base[:, None])
     part = lane_sums(p, V)
@@ -181,16 +204,23 @@ def _attend(
     if V.kind != "full":
         for i in range(b, stop - 1):
             n = stop - 2 - (i - b)
-            p, alpha, acc, m, l = _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, True, V)
+            p, alpha, acc, m, l = _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, True, False, V)
             count += 1
+    FIXED: gl.constexpr = V.fixed_max
+    if FIXED:
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, V.output))[:, None]
+        alpha = gl.full([64], 1.0, gl.float32, layout=ROW)
+        m, l = settled(m, l, row < sq, a < b)
     for i in range(a, b):
         n = b - 1 - (i - a)
-        p, alpha, acc, m, l = _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, False, V)
+        p, alpha, acc, m, l = _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, False, FIXED, V)
         count += 1
+    if FIXED:
+        l = in_range(l)
     if V.has_lo:
         for i in range(start, a):
             n = a - 1 - (i - start)
-            p, alpha, acc, m, l = _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, True, V)
+            p, alpha, acc, m, l = _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, True, False, V)
             count += 1
     if V.schedule.own_out:
         mbarrier.arrive(q_empty.index(GROUP), count=1)
@@ -198,9 +228,27 @@ def _attend(
 
 
 @gluon.jit
+def _is_right(l, piece, work, GROUP: gl.constexpr, V: gl.constexpr):
+    """Whether this group stores what it has found for its rows of a piece of work.
+
+    Not where a maximum that was fixed was too small by far: the piece goes on the list of those to do again, which the second
+    launch does without fixing any. `again`: [number of pieces listed; for each piece of work a bit of each group; the list].
+    """
+    _, _, _, _, num_work, _, again = work
+    if V.again:
+        right = ((gl.load(again + 1 + piece) >> GROUP) & 1) == 1
+    else:
+        right = gl.max(gl.where(l == l, 0, 1), 0) == 0
+        if right == 0:  # noqa: SIM102 - both are the GPU's, and the second is to be done only where the first holds
+            if gl.atomic_or(again + 1 + piece, 1 << GROUP) == 0:
+                gl.store(again + 1 + num_work + gl.atomic_add(again, 1), piece)
+    return right
+
+
+@gluon.jit
 def _finish(
-    m0, batch, head, count, p, alpha, acc, m, l, desc_out, pointers, strides, GROUP: gl.constexpr, tiles, barriers, sizes,
-    V: gl.constexpr,
+    m0, batch, head, piece, count, p, alpha, acc, m, l, desc_out, pointers, strides, work, GROUP: gl.constexpr, tiles, barriers,
+    sizes, V: gl.constexpr,
 ):  # fmt: skip
     """The last product; normalise, merge with the state of earlier blocks, and store out and lse."""
     D: gl.constexpr = V.padded
@@ -228,24 +276,29 @@ def _finish(
     weight = 1.0 / l
     row = m0 + gl.arange(0, 64, layout=ROW)
     lse_ptr += batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h
-    gl.store(lse_ptr + row, lse2 * 0.6931471805599453, mask=row < sq)
 
     acc, _ = warpgroup_mma_wait(0, deps=(acc, operand))
     mbarrier.arrive(v_empty.index(before), count=1)
+    # Rows from `end` on are not stored: past the last one, or not right.
+    end = sq
+    if V.fixed_max or V.again:
+        end = gl.where(_is_right(l, piece, work, GROUP, V), sq, 0)
+    gl.store(lse_ptr + row, lse2 * 0.6931471805599453, mask=row < end)
     out = acc * gl.convert_layout(weight, ROW_OUT)[:, None]
     row_out = m0 + gl.arange(0, 64, layout=ROW_OUT)
     col = gl.arange(0, V.padded, layout=gl.SliceLayout(0, V.output))
-    ok = (row_out < sq)[:, None] & (col < V.head_dim)[None, :]
     if V.final:
         if V.schedule.own_out:
             # Of the row block before: long done.
             tma_store_wait(0)
         out_tiles.index(GROUP).reshape([64, D]).store(out.to(dtype))
         fence_async_shared()
-        tma_store(desc_out, [batch, head, m0, 0], out_tiles.index(GROUP))
+        if m0 < end:
+            tma_store(desc_out, [batch, head, m0, 0], out_tiles.index(GROUP))
         if not V.schedule.own_out:
             tma_store_wait(0)
     else:
+        ok = (row_out < end)[:, None] & (col < V.head_dim)[None, :]
         out_ptr += batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h
         gl.store(out_ptr + (row_out.to(gl.int64) * out_s)[:, None] + col[None, :], out, mask=ok)
     if not V.schedule.own_out:
@@ -262,13 +315,14 @@ def _consume(args, GROUP: gl.constexpr, V: gl.constexpr):
     index = gl.program_id(0)
     count = 0
     turn = 0
-    while index < work[4]:
-        m, batch, head = row_block(index, work)
+    while index < work[5]:
+        piece = piece_of_work(index, work, V)
+        m, batch, head = row_block(piece, work)
         p, alpha, acc, top, l, count, rest = _attend(
             m * ROWS, batch, head, count, turn, GROUP, tiles, barriers, mask, pointers, strides, sizes, units, V
         )
         _finish(
-            m * ROWS + GROUP * 64, batch, head, count, p, alpha, acc, top, l, desc_out, pointers, strides,
+            m * ROWS + GROUP * 64, batch, head, piece, count, p, alpha, acc, top, l, desc_out, pointers, strides, work,
             GROUP, tiles, barriers, sizes, V,
         )  # fmt: skip
         count = _pass_over(rest, count, barriers, V)
@@ -283,7 +337,7 @@ def _consume(args, GROUP: gl.constexpr, V: gl.constexpr):
     do_not_specialize=["LO", "HI", "stride_lo", "sq", "sk", "num_heads", "group", "num_m", "section", "num_work"]
 )
 def forward_kernel(
-    desc_q, desc_k, desc_v, desc_out, OUT, OLD, LSE, LO, HI, stride_lo, COUNTER,
+    desc_q, desc_k, desc_v, desc_out, OUT, OLD, LSE, LO, HI, stride_lo, COUNTER, AGAIN,
     stride_xb, stride_xs, stride_xh, stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
     sq, sk, num_heads, group, num_m, section, num_work, unit, inner, V: gl.constexpr,
 ):  # fmt: skip
@@ -310,7 +364,10 @@ def forward_kernel(
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     next_work = (COUNTER, slot, slot_full.index(0), slot_empty.index(0))
     mask = (LO, HI, stride_lo)
-    work = (num_m, section, num_heads, group, num_work)
+    todo = num_work
+    if V.again:
+        todo = gl.load(AGAIN)
+    work = (num_m, section, num_heads, group, num_work, todo, AGAIN)
     sizes = (sq, sk)
     strides = (stride_xb, stride_xs, stride_xh, stride_ob, stride_os, stride_oh, stride_lb, stride_lh)
     consumed = (desc_out, (OUT, OLD, LSE), strides, tiles, barriers, next_work, mask, work, sizes, (unit, inner))

@@ -41,10 +41,19 @@ def key_tiles(first, end, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def row_block(index, work):
+def piece_of_work(index, work, V: gl.constexpr):
+    """The number of the `index`-th piece of work: itself, or the one that stands there in the list of those to do again."""
+    _, _, _, _, num_work, _, again = work
+    if V.again:
+        index = gl.load(again + 1 + num_work + index)
+    return index
+
+
+@gluon.jit
+def row_block(piece, work):
     """(row block, batch, head) of a piece of work: from the last rows to the first, which see most keys and fewest."""
-    num_m, section, num_heads, _, num_work = work
-    tile, flat = place_of(index, num_work, num_m, section)
+    num_m, section, num_heads, _, num_work, _, _ = work
+    tile, flat = place_of(piece, num_work, num_m, section)
     return num_m - 1 - tile, flat // num_heads, flat % num_heads
 
 
@@ -75,16 +84,16 @@ def produce(args, V: gl.constexpr):
     GROUPS: gl.constexpr = V.schedule.groups
     ROWS: gl.constexpr = V.schedule.groups * 64
     desc_q, desc_k, desc_v = descs
-    q_tiles, _, k_tiles, v_tiles = tiles
+    q_tiles, k_tiles, v_tiles = tiles[0], tiles[2], tiles[3]
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     counter, slot, slot_full, slot_empty = next_work
     sq, sk = sizes
-    _, _, _, group, num_work = work
+    group, todo = work[3], work[5]
     index = gl.program_id(0)
     count = 0
     turn = 0
-    while index < num_work:
-        m, batch, head = row_block(index, work)
+    while index < todo:
+        m, batch, head = row_block(piece_of_work(index, work, V), work)
         first, end, _, _ = visible(mask, batch, m * ROWS, sq, sk, ROWS, V)
         start, stop = key_tiles(first, end, BLOCK_N)
         if V.carry:

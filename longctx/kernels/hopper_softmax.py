@@ -63,9 +63,8 @@ def as_operand(p, dtype: gl.constexpr, V: gl.constexpr):
 
 
 @gluon.jit
-def mask_scores(s, m, rows, n, units, MASKED: gl.constexpr, V: gl.constexpr):
-    """Cap and mask a tile of q @ k^T; the new running maximum of log2(e) * score, and what to subtract before exp2."""
-    unit, inner = units
+def seen_scores(s, rows, n, inner, MASKED: gl.constexpr, V: gl.constexpr):
+    """A tile of q @ k^T whose first key is the n-th: capped, and -inf where a row does not see the key."""
     row_lo, row_hi = rows
     if V.capped:
         s = _capped(s, inner)
@@ -79,9 +78,32 @@ def mask_scores(s, m, rows, n, units, MASKED: gl.constexpr, V: gl.constexpr):
         if V.has_lo:
             seen = seen & (fixed >= (row_lo - n)[:, None] - lane)
         s = gl.where(seen, s, float("-inf"))
-    m_new = gl.maximum(m, _row_max(s, V) * unit)
-    base = m_new
+    return s
+
+
+@gluon.jit
+def raised_maximum(s, m, unit, MASKED: gl.constexpr, V: gl.constexpr):
+    """The running maximum of log2(e) * score after this tile, and what to subtract before exp2."""
+    m = gl.maximum(m, _row_max(s, V) * unit)
+    base = m
     if MASKED:
         # A row that has seen nothing yet: -inf - -inf would be nan.
-        base = gl.where(m_new == float("-inf"), 0.0, m_new)
-    return s, m_new, base
+        base = gl.where(m == float("-inf"), 0.0, m)
+    return m, base
+
+
+@gluon.jit
+def settled(m, l, real, more):
+    """The maximum and the lanes' sums of rows of which, if there is `more`, further keys are seen under the maximum as it is.
+
+    A `real` row without one has nothing to hold its exponentials against: its sum becomes nan. Rows past the end just go on.
+    """
+    unknown = (m == float("-inf")) & more
+    lost = gl.where(unknown & real, float("nan"), 0.0)
+    return gl.where(unknown, 0.0, m), l + gl.convert_layout(lost[:, None], l.type.layout)
+
+
+@gluon.jit
+def in_range(l):
+    """The lanes' sums `l`, nan where one has grown so far that what was summed up with it may have overflowed."""
+    return gl.where(l <= 18446744073709551616.0, l, float("nan"))

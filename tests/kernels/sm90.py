@@ -17,6 +17,7 @@ import tempfile
 import types
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -191,8 +192,8 @@ def _disassemble(cubin: str) -> str:
 
 
 def matrix_loops(sass: str) -> list[dict]:
-    """The innermost loops with matrix instructions: how many of those, of all instructions, and of spills in each; and of
-    exponentials after the products of one tile are done and before those of the other are waited for, which run under them."""
+    """The innermost loops with matrix instructions: how many of those, of all instructions, of maxima and of spills in each; and
+    of exponentials after the products of one tile are done and before those of the other are waited for, which run under them."""
     labels, lines = {}, []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -213,6 +214,7 @@ def matrix_loops(sass: str) -> list[dict]:
         {
             "instructions": last - first,
             "num_matrix": sum("HGMMA" in x for x in lines[first:last]),
+            "num_max": sum("FMNMX" in x for x in lines[first:last]),
             "num_spills": sum(bool(re.search(r"\b(STL|LDL)\b", x)) for x in lines[first:last]),
             "num_covered_exp2": _covered_exp2(lines[first:last]),
         }
@@ -222,9 +224,8 @@ def matrix_loops(sass: str) -> list[dict]:
 
 def _covered_exp2(body: list[str]) -> int:
     waits = [(i, m.group(1)) for i, x in enumerate(body) if (m := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", x))]
-    one_left = max((i for i, left in waits if left == "0x1"), default=0)
-    none_left = max((i for i, left in waits if left == "0x0"), default=0)
-    return sum("MUFU.EX2" in x for x in body[one_left:none_left])
+    between = [body[i:j] for (i, left), (j, _) in pairwise(waits) if left != "0x0"]
+    return max((sum("MUFU.EX2" in x for x in part) for part in between), default=0)
 
 
 def compile_jobs(jobs: list[dict], workers: int) -> list[dict]:

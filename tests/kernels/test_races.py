@@ -57,7 +57,7 @@ def test_a_barrier_left_out_is_reported_on_a_gpu(mistake, said):
 def test_the_kernels_have_what_is_replaced(mistake):
     texts = race_cases.sources(mistake)
     assert not any(re.search(r"named_barrier_sync\(\d", text) for text in texts.values())
-    met = "".join(texts.values()).count("mbarrier.wait(ds_ready.index(1 - CID), t & 1)")
+    met = "".join(texts.values()).count("await_signal(ds_ready, 1 - CID, t, TO_OTHER)")
     assert met == 1 - (mistake is not None and "named_barrier" in MISTAKES[mistake][1].old)
     for text in texts.values():
         compile(text, "kernel", "exec")
@@ -92,6 +92,7 @@ def test_the_sanitizer_is_given_what_it_knows(name, lowered):
     """Only mbarriers, loads and stores; as many registers for each warp."""
     (module,) = lowered[name]
     assert "bar.sync" not in module
+    assert "bar.arrive" not in module
     assert "async_tma_reduce" not in module
     registers = re.search(r"requestedRegisters = array<i32: ([^>]*)>", module)
     assert registers is not None
