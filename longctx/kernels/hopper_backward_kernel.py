@@ -6,9 +6,10 @@ block of rows:
     S^T = K Q^T - lse;  dP^T = V dO^T - delta;  P^T = exp2(S^T);  dS^T = P^T dP^T;  dV += P^T dO;  dK += dS^T Q
 
 The products S^T and dP^T start from -lse and -delta instead of 0, so that neither is held in registers beside them, and nothing
-is left to be done but the exponential; a capped score is not that sum, and has its lse taken off afterwards. With dS^T of both warpgroups in shared memory, each computes its share
-of dQ = dS K. P^T and dS^T go from the registers in which they arise straight into the products for dv and dk: the transposed form
-is what makes that possible. The product for dv is issued after dS is stored, when the registers of dP are free.
+is left to be done but the exponential; a capped score is not that sum, and has its lse taken off afterwards. With dS^T of both
+warpgroups in shared memory, each computes its share of dQ = dS K. P^T and dS^T go from the registers in which they arise straight
+into the products for dv and dk: the transposed form is what makes that possible. The product for dv is issued after dS is stored,
+when the registers of dP are free.
 
 Source: Dao 2023 (arXiv 2307.08691), algorithm 2.
 """

@@ -31,6 +31,7 @@ KNOWN_SPILLS_NEWEST = {
     ("dkdv", 128): (0, 32),
     ("dkdv", 256): (72, 104),
     ("hopper_forward", 64): (0, 24),
+    ("hopper_forward", 128): (0, 4),
     ("hopper_backward", 128): (0, 3),
     ("hopper_backward", 256): (6, 12),
 }
