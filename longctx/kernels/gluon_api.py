@@ -135,7 +135,9 @@ def named_barrier_sync(number, THREADS: gl.constexpr, NUM_WARPS: gl.constexpr = 
 def signal_ring(FIRST: gl.constexpr, COUNT: gl.constexpr, TELLERS: gl.constexpr):
     """COUNT signals, each given by TELLERS warpgroups to one listener: the named barriers from number FIRST on.
 
-    For each time that all tell, the listener awaits once, also after the last one: they take turns.
+    For each time that all tell, the listener awaits once, also after the last one: they take turns. A named barrier knows by
+    THREADS who is to come, and counts the turns itself; COUNT, TELLERS and `turn` are what signals made of mbarriers need, as
+    the sanitizer has to be given.
     """
     return FIRST
 

@@ -15,9 +15,10 @@ from longctx.errors import KernelError
 from longctx.kernels.gluon_api import describe, describe_heads
 from longctx.kernels.hopper_backward_kernel import backward_kernel
 from longctx.kernels.hopper_backward_wide import backward_wide_kernel
+from longctx.kernels.row_statistics import prepare_rows
 from longctx.kernels.shipped import Shipped
 from longctx.kernels.tiles import LOG2_E, can_describe, heads_abreast, key_interval_args, num_tiles, padded, stride_args
-from longctx.kernels.triton_backward import launch_dq, prepare_rows
+from longctx.kernels.triton_backward import launch_dq
 from longctx.kernels.tuning import tiles_for
 from longctx.masks import KeyRange
 
@@ -108,7 +109,8 @@ SCHEDULES = {
 
 
 # Spilled loads and stores in one pass of a loop of 400 to 900 instructions, by padded head dim: without a mask, with one.
-# Triton 3.6. What spills nothing at 64, blocks of 64 rows, is slower (above).
+# Triton 3.6. What spills nothing at 64, blocks of 64 rows, is slower (above). At 256 dq as two products, without S ahead, spills 3
+# with a mask: as fast without one, 2 % slower with.
 KNOWN_SPILLS = {64: (0, 10), 128: (0, 0), 256: (5, 24)}
 
 

@@ -9,8 +9,9 @@ import torch
 
 from longctx.kernels import Direction, SoftmaxState
 from longctx.kernels.pieces import PiecewiseAttention, check_scale
+from longctx.kernels.row_statistics import prepare_rows
 from longctx.kernels.tiles import INTERPRETING, can_describe, padded
-from longctx.kernels.triton_backward import launch_dkdv, launch_dq, prepare_rows
+from longctx.kernels.triton_backward import launch_dkdv, launch_dq
 from longctx.kernels.triton_forward import launch_forward
 from longctx.kernels.tuning import Tiles, tiles_for
 from longctx.masks import KeyRange
