@@ -96,11 +96,13 @@ class Variant(Schedule):
 # and 256 it is a third slower, too). Programs that begin at other rows than their neighbours: 589 / 559 in that run.
 # 64, 1 x 32k x 16 heads: 563 / 533; not late 526 / 497; 64 rows and not late 436 / 444. 256, 1 x 32k x 8 heads, causal: 442; with P
 # and dS halved by rows instead of made by a warpgroup each 277.
-# By turns with those (2026-11-24, medians, full / causal): signals for arrivals at mbarriers, and products that start from -lse and
-# -delta, 604 / 592 for 571 / 582 at 128, 557 / 513 for 535 / 489 at 64; at 256 signals, S ahead and dq as one product 424 / 437 for
-# 404 / 411, but signals alone 434 / 421. Beside that, at 128: start values written a step ahead 591 / 592; half of V in registers 610
-# (full); dq from each half of dS as it comes 598 (full); dv before dS 585 / 587. A step takes about the time of its products plus that
-# of its instructions: what spares some of these is worth trying, what moves them is not.
+# By turns with those (2026-11-24, medians, full / causal): signals for arrivals at mbarriers, and products that start from -lse
+# and -delta, 604 / 592 for 571 / 582 at 128, 557 / 513 for 535 / 489 at 64; at 256 signals, S ahead and dq as one product 424 /
+# 437 for 404 / 411, but signals alone 434 / 421. Beside that, at 128: start values written a step ahead 591 / 592; half of V in
+# registers 610 (full); dq from each half of dS as it comes 598 (full); dv before dS 585 / 587; lse and delta stored in pairs
+# twice, so that 16 bytes a thread load into the accumulators without a copy, 549 / 545 for 615 / 565 (64: 507 for 568), though
+# the loop has 31 instructions of 390 less: such loads take shared memory four times as long. A step takes about the time of its
+# products plus that of its instructions: what spares some of these is worth trying, what moves them is not.
 SCHEDULES = {
     64: Schedule(rows=128, keys=128, stages=2, do_stages=2, late_dq=True),
     128: Schedule(rows=64, keys=128, stages=2, do_stages=2, late_dq=False),
@@ -191,7 +193,9 @@ def launch_hopper_backward(
 
 
 def _scales_p(q: torch.Tensor, scale: float) -> bool:
-    return q.dtype == torch.bfloat16 and scale > 0
+    # A probability near 1 loses up to half its precision where the scale is a little above a power of 2.
+    mantissa, _ = math.frexp(scale)
+    return q.dtype == torch.bfloat16 and (mantissa == 0.5 or mantissa >= 0.7)
 
 
 def _qk_scale(scale: float) -> float:

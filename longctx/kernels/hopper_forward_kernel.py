@@ -22,13 +22,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longctx.kernels.gluon_api import barrier_ring, tma_store, tma_store_wait
-from longctx.kernels.hopper_forward_loader import key_tiles, piece_of_work, produce, row_block, visible
+from longctx.kernels.hopper_forward_loader import is_right, key_tiles, piece_of_work, produce, row_block, visible
 from longctx.kernels.hopper_softmax import (
     as_operand,
     in_range,
     lane_sums,
     pack_pairs,
     raised_maximum,
+    rounded_off,
     seen_scores,
     settled,
 )
@@ -52,11 +53,12 @@ def _pass_over(num_tiles, count, barriers, V: gl.constexpr):
 
 @gluon.jit
 def _step(
-    n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, MASKED: gl.constexpr, FIXED: gl.constexpr, V: gl.constexpr
+    n, count, p, alpha, acc, m, sums, q, tiles, barriers, rows, units, MASKED: gl.constexpr, FIXED: gl.constexpr, V: gl.constexpr
 ):  # fmt: skip
     """Scores and softmax of key tile n, and acc += p @ v of the tile before it; alpha is what acc is still to be scaled by.
 
-    With FIXED the maximum stays as it is: nothing is to be compared, and acc and l are not to be rescaled (alpha is 1).
+    With FIXED the maximum stays as it is: nothing is to be compared, and nothing to be rescaled (alpha is 1). `sums` are l and, once
+    a maximum has been fixed, what l lacks beside the largest probabilities as they were rounded: see `rounded_off`.
 
     The order is what the compiler must not change: rescaling and rounding between issuing the two products, all exponentials
     before waiting for the second. Values named among a wait's dependencies hold LLVM to it. ptxas sees no such names, but
@@ -90,20 +92,24 @@ def _step(
     s = seen_scores(s, rows, n * BLOCK_N, units[1], MASKED, V)
     if FIXED:
         p = gl.exp2(s * units[0] - m[:, None])
-        l += lane_sums(p, V)
+        sums = (sums[0] + lane_sums(p, V), sums[1] + rounded_off(p, dtype, V))
     else:
         before_m = m
         m, base = raised_maximum(s, m, units[0], MASKED, V)
         alpha = gl.exp2(before_m - base)
         p = gl.exp2(s * units[0] - base[:, None])
         part = lane_sums(p, V)
-        l = l * gl.convert_layout(alpha[:, None], part.type.layout) + part
+        factor = gl.convert_layout(alpha[:, None], part.type.layout)
+        if len(sums) == 1:
+            sums = (sums[0] * factor + part,)
+        else:
+            sums = (sums[0] * factor + part, sums[1] * factor)
     mbarrier.wait(v_full.index(here), phase)
     acc, _ = warpgroup_mma_wait(0, deps=(acc, operand))
     mbarrier.arrive(v_empty.index(before), count=1)
     if V.schedule.packed:
         p = pack_pairs(p, dtype)
-    return p, alpha, acc, m, l
+    return p, alpha, acc, m, sums
 
 
 @gluon.jit
@@ -197,6 +203,7 @@ def _attend(
     # What is carried counts in one of a row's lanes.
     lane = gl.arange(0, 4, layout=gl.SliceLayout(0, part.type.layout))
     l = gl.where(lane[None, :] == 0, gl.convert_layout((l * alpha)[:, None], part.type.layout), 0.0) + part
+    sums = (l,)
     m = top
     if V.schedule.packed:
         p = pack_pairs(p, dtype)
@@ -204,50 +211,39 @@ def _attend(
     if V.kind != "full":
         for i in range(b, stop - 1):
             n = stop - 2 - (i - b)
-            p, alpha, acc, m, l = _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, True, False, V)
+            p, alpha, acc, m, sums = _step(
+                n, count, p, alpha, acc, m, sums, q, tiles, barriers, rows, units, True, False, V
+            )
             count += 1
     FIXED: gl.constexpr = V.fixed_max
     if FIXED:
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, V.output))[:, None]
         alpha = gl.full([64], 1.0, gl.float32, layout=ROW)
-        m, l = settled(m, l, row < sq, a < b)
+        m, l = settled(m, sums[0], row < sq, a < b)
+        sums = (l, l * 0.0)
     for i in range(a, b):
         n = b - 1 - (i - a)
-        p, alpha, acc, m, l = _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, False, FIXED, V)
+        p, alpha, acc, m, sums = _step(
+            n, count, p, alpha, acc, m, sums, q, tiles, barriers, rows, units, False, FIXED, V
+        )
         count += 1
     if FIXED:
-        l = in_range(l)
+        sums = (in_range(sums[0]), sums[1])
     if V.has_lo:
         for i in range(start, a):
             n = a - 1 - (i - start)
-            p, alpha, acc, m, l = _step(n, count, p, alpha, acc, m, l, q, tiles, barriers, rows, units, True, False, V)
+            p, alpha, acc, m, sums = _step(
+                n, count, p, alpha, acc, m, sums, q, tiles, barriers, rows, units, True, False, V
+            )
             count += 1
     if V.schedule.own_out:
         mbarrier.arrive(q_empty.index(GROUP), count=1)
-    return p, alpha, acc, m, l, count, rest
-
-
-@gluon.jit
-def _is_right(l, piece, work, GROUP: gl.constexpr, V: gl.constexpr):
-    """Whether this group stores what it has found for its rows of a piece of work.
-
-    Not where a maximum that was fixed was too small by far: the piece goes on the list of those to do again, which the second
-    launch does without fixing any. `again`: [number of pieces listed; for each piece of work a bit of each group; the list].
-    """
-    _, _, _, _, num_work, _, again = work
-    if V.again:
-        right = ((gl.load(again + 1 + piece) >> GROUP) & 1) == 1
-    else:
-        right = gl.max(gl.where(l == l, 0, 1), 0) == 0
-        if right == 0:  # noqa: SIM102 - both are the GPU's, and the second is to be done only where the first holds
-            if gl.atomic_or(again + 1 + piece, 1 << GROUP) == 0:
-                gl.store(again + 1 + num_work + gl.atomic_add(again, 1), piece)
-    return right
+    return p, alpha, acc, m, sums, count, rest
 
 
 @gluon.jit
 def _finish(
-    m0, batch, head, piece, count, p, alpha, acc, m, l, desc_out, pointers, strides, work, GROUP: gl.constexpr, tiles, barriers,
+    m0, batch, head, piece, count, p, alpha, acc, m, sums, desc_out, pointers, strides, work, GROUP: gl.constexpr, tiles, barriers,
     sizes, V: gl.constexpr,
 ):  # fmt: skip
     """The last product; normalise, merge with the state of earlier blocks, and store out and lse."""
@@ -268,12 +264,15 @@ def _finish(
     operand = as_operand(p, dtype, V)
     acc = warpgroup_mma(operand, v_tiles.index(before).reshape([BLOCK_N, D]), acc, is_async=True)
 
-    l = gl.convert_layout(gl.sum(l, 1), ROW)
+    l = gl.convert_layout(gl.sum(sums[0], 1), ROW)
     # Compared with 0, not with > 0: a nan must come out as one.
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
     lse2 = gl.where(unseen, float("-inf"), m + gl.log2(l))
-    weight = 1.0 / l
+    divisor = l
+    if V.fixed_max:
+        divisor += gl.convert_layout(gl.sum(sums[1], 1), ROW)
+    weight = 1.0 / divisor
     row = m0 + gl.arange(0, 64, layout=ROW)
     lse_ptr += batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h
 
@@ -282,7 +281,7 @@ def _finish(
     # Rows from `end` on are not stored: past the last one, or not right.
     end = sq
     if V.fixed_max or V.again:
-        end = gl.where(_is_right(l, piece, work, GROUP, V), sq, 0)
+        end = gl.where(is_right(l, piece, work, GROUP, V), sq, 0)
     gl.store(lse_ptr + row, lse2 * 0.6931471805599453, mask=row < end)
     out = acc * gl.convert_layout(weight, ROW_OUT)[:, None]
     row_out = m0 + gl.arange(0, 64, layout=ROW_OUT)
@@ -318,11 +317,11 @@ def _consume(args, GROUP: gl.constexpr, V: gl.constexpr):
     while index < work[5]:
         piece = piece_of_work(index, work, V)
         m, batch, head = row_block(piece, work)
-        p, alpha, acc, top, l, count, rest = _attend(
+        p, alpha, acc, top, sums, count, rest = _attend(
             m * ROWS, batch, head, count, turn, GROUP, tiles, barriers, mask, pointers, strides, sizes, units, V
         )
         _finish(
-            m * ROWS + GROUP * 64, batch, head, piece, count, p, alpha, acc, top, l, desc_out, pointers, strides, work,
+            m * ROWS + GROUP * 64, batch, head, piece, count, p, alpha, acc, top, sums, desc_out, pointers, strides, work,
             GROUP, tiles, barriers, sizes, V,
         )  # fmt: skip
         count = _pass_over(rest, count, barriers, V)

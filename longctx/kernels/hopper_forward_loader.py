@@ -1,4 +1,4 @@
-"""The producer of the Hopper forward: which tiles a row block sees, and the warp that loads them.
+"""The producer of the Hopper forward: what is to be done, which tiles a row block sees, and the warp that loads them.
 
 `V` is a `hopper_forward.Variant`: all that is known when the kernel is compiled.
 """
@@ -47,6 +47,24 @@ def piece_of_work(index, work, V: gl.constexpr):
     if V.again:
         index = gl.load(again + 1 + num_work + index)
     return index
+
+
+@gluon.jit
+def is_right(l, piece, work, GROUP: gl.constexpr, V: gl.constexpr):
+    """Whether this group stores what it has found for its rows of a piece of work.
+
+    Not where a maximum that was fixed was too small by far: the piece goes on the list of those to do again, which the second
+    launch does without fixing any. `again`: [number of pieces listed; for each piece of work a bit of each group; the list].
+    """
+    _, _, _, _, num_work, _, again = work
+    if V.again:
+        right = ((gl.load(again + 1 + piece) >> GROUP) & 1) == 1
+    else:
+        right = gl.max(gl.where(l == l, 0, 1), 0) == 0
+        if right == 0:  # noqa: SIM102 - both are the GPU's, and the second is to be done only where the first holds
+            if gl.atomic_or(again + 1 + piece, 1 << GROUP) == 0:
+                gl.store(again + 1 + num_work + gl.atomic_add(again, 1), piece)
+    return right
 
 
 @gluon.jit

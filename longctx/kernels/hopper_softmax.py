@@ -41,6 +41,19 @@ def lane_sums(p, V: gl.constexpr):
 
 
 @gluon.jit
+def rounded_off(p, dtype: gl.constexpr, V: gl.constexpr):
+    """What rounding to 16 bits adds to the largest p that each of a row's four lanes holds, [64, 4].
+
+    Under a running maximum the largest of a row is 1 and rounds to itself. Under another it does not, and where it takes nearly
+    all of the row, out would be off by as much as it is: unless divided by the sum of what was multiplied.
+    """
+    # As integers, which order positive numbers alike, and of which the maximum of three is one instruction.
+    bits = p.to(gl.int32, bitcast=True).reshape([64, V.schedule.block_n // 8, 4, 2])
+    largest = gl.max(gl.max(bits, 3), 1).to(gl.float32, bitcast=True)
+    return largest.to(dtype).to(gl.float32) - largest
+
+
+@gluon.jit
 def pack_pairs(p, dtype: gl.constexpr):
     """p in 16 bits, two neighbours in an int32: 16-bit values would each take a register across a step."""
     even, odd = gl.split(p.reshape([p.shape[0], p.shape[1] // 2, 2]))

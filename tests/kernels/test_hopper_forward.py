@@ -226,6 +226,28 @@ def test_rows_that_outgrow_their_maximum_are_done_again(head_dim, visible, ampli
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("size", [1.0, 3.0, 12.0])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_fixed_maximum_costs_little_precision(head_dim, size):
+    """Ordinary scores, and such that a few keys or a single one take nearly all: the error beside that of running maxima."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, 4096, 4, head_dim, device="cuda", generator=generator).bfloat16() for _ in range(3))
+    options = {"scale": size * head_dim**-0.5, "softcap": 0.0, "state": None, "final": True}
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        *(t.double().transpose(1, 2) for t in (q, k, v)), scale=options["scale"]
+    ).transpose(1, 2)
+    errors = [
+        float(
+            (
+                hopper_forward.launch_hopper_forward(q, k, v, KeyRange.full(), **options, fixed_max=fixed).out - exact
+            ).norm()
+        )
+        for fixed in (False, True)
+    ]
+    assert errors[1] < {1.0: 1.05, 3.0: 1.2, 12.0: 1.08}[size] * errors[0], errors
+
+
+@pytest.mark.gpu
 def test_only_what_is_wrong_is_done_again(done_again):
     """A key that outdoes all others for the rows of one group only, and a row of nan."""
     case = Case("hopper", "bfloat16", "full", 1024, 1024, heads=2, kv_heads=2, batch=1, head_dim=128)
