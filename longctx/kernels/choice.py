@@ -27,7 +27,7 @@ Table = dict[tuple[int, str, int], Speeds]
 
 # Compute capability -> table. Means over the cases of benchmarks/results/{attention,sweep}.csv with that head dim, mask and length,
 # whatever their batch and heads; bf16, which stands for fp16 too; by `longctx bench attention` and `longctx bench attention --sweep`.
-# From NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0, commit 1f94ba78bd, 2026-11-24, the newest of them.
+# From NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0, commit f86bf30, 2026-11-24, the newest of them.
 # fmt: off
 MEASURED: dict[tuple[int, int], Table] = {
     (9, 0): {
@@ -35,9 +35,9 @@ MEASURED: dict[tuple[int, int], Table] = {
         (64, "causal", 1024): ({"cudnn": 331, "triton": 257, "hopper": 232}, {"hopper": 224, "triton": 180, "cudnn": 150}),
         (64, "causal", 2048): ({"hopper": 389, "cudnn": 382, "triton": 335}, {"hopper": 321, "triton": 262}),
         (64, "causal", 4096): ({"hopper": 472, "cudnn": 411, "triton": 387}, {"hopper": 394, "triton": 310}),
-        (64, "causal", 8192): ({"hopper": 532, "flash4": 497, "cudnn": 432, "triton": 425}, {"hopper": 497, "flash4": 437, "triton": 357, "cudnn": 355}),
+        (64, "causal", 8192): ({"hopper": 503, "flash4": 490, "cudnn": 432, "triton": 425}, {"hopper": 492, "flash4": 433, "triton": 357, "cudnn": 355}),
         (64, "causal", 16384): ({"hopper": 506, "cudnn": 427, "triton": 413}, {"hopper": 492, "triton": 365}),
-        (64, "causal", 32768): ({"hopper": 571, "flash4": 534, "triton": 455, "cudnn": 426}, {"hopper": 563, "flash4": 531, "cudnn": 389, "triton": 381}),
+        (64, "causal", 32768): ({"hopper": 545, "flash4": 528, "triton": 455, "cudnn": 426}, {"hopper": 550, "flash4": 519, "cudnn": 389, "triton": 381}),
         (64, "causal", 65536): ({"hopper": 522, "cudnn": 449, "triton": 421}, {"hopper": 509, "cudnn": 411, "triton": 385}),
         (64, "causal", 131072): ({"flash4": 564, "hopper": 534, "cudnn": 465, "triton": 457}, {"flash4": 558, "hopper": 544, "cudnn": 413, "triton": 387}),
         (64, "causal", 262144): ({"hopper": 536, "triton": 438, "cudnn": 430}, {"hopper": 545, "cudnn": 416, "triton": 381}),
@@ -55,16 +55,16 @@ MEASURED: dict[tuple[int, int], Table] = {
         (64, "full", 262144): ({"hopper": 532, "cudnn": 462}, {"hopper": 544, "cudnn": 428}),
         (64, "full", 524288): ({"hopper": 532, "cudnn": 428}, {"hopper": 519, "cudnn": 429}),
         (64, "full", 1048576): ({"hopper": 538, "cudnn": 408}, {"hopper": 501, "cudnn": 443}),
-        (128, "band", 131072): ({"hopper": 683, "flash4": 616, "triton": 388}, {"hopper": 539, "flash4": 455, "triton": 400}),
+        (128, "band", 131072): ({"hopper": 657, "flash4": 606, "triton": 388}, {"hopper": 544, "flash4": 443, "triton": 400}),
         (128, "causal", 512): ({"cudnn": 319, "hopper": 288, "triton": 224}, {"hopper": 172, "triton": 142, "cudnn": 95}),
         (128, "causal", 1024): ({"cudnn": 437, "triton": 322, "hopper": 230}, {"hopper": 250, "triton": 204, "cudnn": 171}),
         (128, "causal", 2048): ({"cudnn": 506, "hopper": 453, "triton": 397}, {"hopper": 386, "triton": 293}),
         (128, "causal", 4096): ({"hopper": 603, "cudnn": 536, "triton": 439}, {"hopper": 470, "triton": 344}),
-        (128, "causal", 8192): ({"hopper": 733, "flash4": 625, "cudnn": 585, "triton": 481}, {"hopper": 546, "flash4": 485, "cudnn": 430, "triton": 395}),
+        (128, "causal", 8192): ({"hopper": 725, "flash4": 625, "cudnn": 585, "triton": 481}, {"hopper": 550, "flash4": 485, "cudnn": 430, "triton": 395}),
         (128, "causal", 16384): ({"hopper": 607, "cudnn": 569, "triton": 494}, {"hopper": 583, "triton": 413}),
-        (128, "causal", 32768): ({"hopper": 695, "flash4": 665, "cudnn": 582, "triton": 559}, {"hopper": 603, "flash4": 577, "cudnn": 533, "triton": 421}),
+        (128, "causal", 32768): ({"hopper": 691, "flash4": 667, "cudnn": 582, "triton": 559}, {"hopper": 602, "flash4": 574, "cudnn": 533, "triton": 421}),
         (128, "causal", 65536): ({"hopper": 651, "cudnn": 618, "triton": 538}, {"hopper": 614, "cudnn": 543, "triton": 419}),
-        (128, "causal", 131072): ({"hopper": 722, "flash4": 673, "cudnn": 576, "triton": 533}, {"flash4": 631, "hopper": 630, "cudnn": 528, "triton": 433}),
+        (128, "causal", 131072): ({"hopper": 716, "flash4": 669, "cudnn": 576, "triton": 533}, {"flash4": 632, "hopper": 626, "cudnn": 528, "triton": 433}),
         (128, "causal", 262144): ({"hopper": 671, "cudnn": 544}, {"hopper": 634, "cudnn": 543}),
         (128, "causal", 524288): ({"hopper": 605, "cudnn": 523}, {"hopper": 612, "cudnn": 529}),
         (128, "causal", 1048576): ({"hopper": 556, "cudnn": 495}, {"hopper": 601, "cudnn": 538}),
@@ -72,7 +72,7 @@ MEASURED: dict[tuple[int, int], Table] = {
         (128, "full", 1024): ({"cudnn": 568, "triton": 456, "hopper": 452}, {"hopper": 402, "triton": 296}),
         (128, "full", 2048): ({"hopper": 623, "cudnn": 597, "triton": 495}, {"hopper": 489, "triton": 354}),
         (128, "full", 4096): ({"hopper": 661, "cudnn": 606, "triton": 518}, {"hopper": 530, "triton": 387}),
-        (128, "full", 8192): ({"hopper": 750, "flash4": 677, "cudnn": 626, "triton": 493}, {"hopper": 589, "flash4": 552, "cudnn": 484, "triton": 395}),
+        (128, "full", 8192): ({"hopper": 725, "flash4": 658, "cudnn": 626, "triton": 493}, {"hopper": 577, "flash4": 551, "cudnn": 484, "triton": 395}),
         (128, "full", 16384): ({"hopper": 637, "cudnn": 600, "triton": 532}, {"hopper": 592, "triton": 427}),
         (128, "full", 32768): ({"hopper": 646, "cudnn": 635, "triton": 537}, {"hopper": 596, "cudnn": 551, "triton": 373}),
         (128, "full", 65536): ({"hopper": 600, "cudnn": 592, "triton": 534}, {"hopper": 570, "triton": 411}),
@@ -80,8 +80,8 @@ MEASURED: dict[tuple[int, int], Table] = {
         (128, "full", 262144): ({"hopper": 574, "cudnn": 573}, {"hopper": 582, "cudnn": 533}),
         (128, "full", 524288): ({"hopper": 644, "cudnn": 601}, {"hopper": 573, "cudnn": 530}),
         (128, "full", 1048576): ({"hopper": 594, "cudnn": 584}, {"hopper": 550, "cudnn": 541}),
-        (128, "rows", 65536): ({"hopper": 670, "triton": 370}, {"hopper": 549, "triton": 395}),
-        (256, "causal", 32768): ({"hopper": 779, "flash4": 772, "cudnn": 705, "triton": 514}, {"hopper": 400, "cudnn": 390, "flash4": 322, "triton": 285}),
+        (128, "rows", 65536): ({"hopper": 635, "triton": 370}, {"hopper": 533, "triton": 395}),
+        (256, "causal", 32768): ({"flash4": 780, "hopper": 756, "cudnn": 705, "triton": 514}, {"hopper": 398, "cudnn": 390, "flash4": 318, "triton": 285}),
     },
 }
 # fmt: on
