@@ -101,8 +101,9 @@ class Variant(Schedule):
 # 437 for 404 / 411, but signals alone 434 / 421. Beside that, at 128: start values written a step ahead 591 / 592; half of V in
 # registers 610 (full); dq from each half of dS as it comes 598 (full); dv before dS 585 / 587; lse and delta stored in pairs
 # twice, so that 16 bytes a thread load into the accumulators without a copy, 549 / 545 for 615 / 565 (64: 507 for 568), though
-# the loop has 31 instructions of 390 less: such loads take shared memory four times as long. A step takes about the time of its
-# products plus that of its instructions: what spares some of these is worth trying, what moves them is not.
+# the loop has 31 instructions of 390 less: such loads take shared memory four times as long. Otherwise a step takes about the
+# time of its products plus that of its instructions: what spares some of these, and no shared memory is read more often for it,
+# is worth trying; what moves them is not.
 SCHEDULES = {
     64: Schedule(rows=128, keys=128, stages=2, do_stages=2, late_dq=True),
     128: Schedule(rows=64, keys=128, stages=2, do_stages=2, late_dq=False),
@@ -192,10 +193,10 @@ def launch_hopper_backward(
         )  # fmt: skip
 
 
-def _scales_p(q: torch.Tensor, scale: float) -> bool:
-    # A probability near 1 loses up to half its precision where the scale is a little above a power of 2.
+def scales_p(dtype: torch.dtype, scale: float) -> bool:
+    """Whether P carries the scale. A probability near 1 would lose up to half its precision to one a little above a power of 2."""
     mantissa, _ = math.frexp(scale)
-    return q.dtype == torch.bfloat16 and (mantissa == 0.5 or mantissa >= 0.7)
+    return dtype == torch.bfloat16 and (mantissa == 0.5 or mantissa >= 0.7)
 
 
 def _qk_scale(scale: float) -> float:
@@ -205,7 +206,7 @@ def _qk_scale(scale: float) -> float:
 
 def _form_of_rows(q: torch.Tensor, scale: float, softcap: float) -> dict[str, float]:
     """How the kernels take lse and delta, for `prepare_rows`: up to head dim 128 as what the products start from."""
-    shift = -math.log2(scale) if _scales_p(q, scale) else 0.0
+    shift = -math.log2(scale) if scales_p(q.dtype, scale) else 0.0
     if padded_head_dim(q.shape[-1]) == 256:
         return {"lse_shift": shift}
     if softcap > 0:
@@ -247,7 +248,7 @@ def launch_with_rows(
         even_n=sk % schedule.keys == 0,
         fresh=fresh,
         with_dq=with_dq,
-        scaled_p=_scales_p(q, scale),
+        scaled_p=scales_p(q.dtype, scale),
         softcap=float(softcap),
     )
     kernel = backward_wide_kernel if d_pad == 256 else backward_kernel

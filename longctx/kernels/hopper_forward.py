@@ -82,10 +82,10 @@ class Variant:
 # full, 32k and 4 x 8k). Not packed at 128 since rounding then hides under a product: full 696 against 665 TFLOP/s, causal the
 # same; packed at 256 it is 772 against 726. Three groups at 64: 580 against 450 with two.
 # Fixed maxima, by turns with those (2026-11-24, medians, full / causal): 736 / 767 for 643 / 645 at 128, 592 / 581 for 536 /
-# 501 at 64 (4 x 8k x 16 heads), 757 / 739 for 695 / 697 at 256; and with what rounding adds in the divisor (in another run, the
-# faster quarter's slowest) 783 / 765 for 804 / 778, 581 / 559 for 597 / 585 and 797 / 773 for 786 / 783. Named barriers for the
-# releases of tiles beside that: the same. Groups that issue their products in turn, as FlashAttention-3 does, and three stages
-# at 64: no gain.
+# 501 at 64 (4 x 8k x 16 heads), 757 / 739 for 695 / 697 at 256; and with what rounding adds in the divisor (another run, upper
+# quartiles) 783 / 765 for 804 / 778, 581 / 559 for 597 / 585 and 797 / 773 for 786 / 783. Named barriers for the releases of
+# tiles beside that: the same. Groups that issue their products in turn, as FlashAttention-3 does, and three stages at 64: no
+# gain.
 SCHEDULES = {
     64: Schedule(3, 128, 2, True, True, (160, 24)),
     128: Schedule(2, 128, 2, False, True, (240, 24)),
@@ -98,6 +98,7 @@ def shipped_configurations() -> list[Shipped]:
     # One product stays in flight while the other is waited for.
     of = partial(Shipped, direction="forward", waits=frozenset({0, 1}))
     # But for the last two, each in two launches: with fixed maxima, and without what these were too small for.
+    # By rows at 128 two sums beside bounds at both ends are too much: 4 spills in the loop without a mask, 12 with one.
     found = []
     for dim in SCHEDULES:
         found += [

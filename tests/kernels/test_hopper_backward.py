@@ -24,6 +24,7 @@ from longctx.kernels.hopper_backward import (
     launch_hopper_backward,
     launch_with_rows,
     padded_head_dim,
+    scales_p,
     shipped_configurations,
 )
 from longctx.kernels.hopper_backward_parts import EXCHANGED_PIECE
@@ -148,6 +149,31 @@ class TestTheWayOfDq:
         for row, j in itertools.product(range(0, 64, 4), range(8)):
             stored = [offsets[row + g, 8 * j + 2 * c + i] % 32 for g in range(4) for c in range(4) for i in range(2)]
             assert len(set(stored)) == 32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "folded"),
+    [
+        (torch.bfloat16, 64**-0.5, True),
+        (torch.bfloat16, 96**-0.5, True),
+        (torch.bfloat16, 128**-0.5, True),
+        (torch.bfloat16, 192**-0.5, False),
+        (torch.bfloat16, 256**-0.5, True),
+        (torch.bfloat16, 0.0, False),
+        (torch.bfloat16, -0.125, False),
+        (torch.float16, 0.125, False),
+    ],
+)
+def test_p_carries_the_scale_where_that_costs_no_digits(dtype, scale, folded):
+    assert scales_p(dtype, scale) is folded
+    # On probabilities near 1, which decide where one key takes nearly all of a row: the error of scale * p beside that of p.
+    if dtype == torch.bfloat16 and scale > 0:
+        p = torch.linspace(0.9, 1.0, 10_001, dtype=torch.float64)
+
+        def error(x):
+            return float(((x.to(dtype).double() - x) / x).square().mean().sqrt())
+
+        assert (error(p * scale) < 1.5 * error(p)) is folded
 
 
 class TestRefusals:
